@@ -1,0 +1,1 @@
+"""mega_tvm: compiles Mega models into shared libraries and runs them."""

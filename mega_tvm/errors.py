@@ -1,0 +1,34 @@
+"""The errors that mega_tvm raises on purpose: all are `MegaError`.
+
+Each message says what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MegaError(Exception):
+    """Base of every error that mega_tvm raises on purpose."""
+
+
+class WeightsError(MegaError):
+    """A weights file is malformed, or its tensors do not make a Mega model."""
+
+
+class UnsupportedModelError(MegaError):
+    """A graph holds operators that the compiler does not know; all are listed at once."""
+
+
+class TargetError(MegaError):
+    """A target's name is not known, or this machine cannot compile for it."""
+
+
+class CompileError(MegaError):
+    """A compile cannot go on: contradicting options, an unwritable path, a failed link."""
+
+
+class ArtifactError(MegaError):
+    """A compiled library is not one of ours, is damaged, or does not fit this process."""
+
+
+class InputError(MegaError, ValueError):
+    """An input of a call has the wrong shape, dtype or layout."""
