@@ -1,0 +1,45 @@
+"""The TIR pipeline that every CPU kernel goes through: TVM's own, with accumulators kept on the stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.tirx.compilation_pipeline import register_tir_pipeline
+
+CPU_PIPELINE = "mega_cpu"
+
+
+@tvm.transform.module_pass(opt_level=0, name="KeepLocalsOnStack")
+def keep_locals_on_stack(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+    """Mark every ``local`` buffer so that it becomes an ``alloca``.
+
+    By default a local buffer over a few bytes becomes a workspace allocation; LLVM can then not keep
+    its elements in registers, and inside a parallel loop it stores every accumulator at each k step
+    (measured: 151 us in place of 103 us for a 60x256x1024 product).
+    """
+
+    def mark(alloc: tirx.AllocBuffer) -> tirx.AllocBuffer:
+        if alloc.buffer.scope() != "local":
+            return alloc
+        annotations = dict(alloc.annotations)
+        annotations["disable_lower_builtin"] = tirx.IntImm("bool", 1)
+        return tirx.AllocBuffer(alloc.buffer, annotations)
+
+    functions = {
+        gvar: func.with_body(tvm_ffi.structural_map(func.body, [(tirx.AllocBuffer, mark)]))
+        if isinstance(func, tirx.PrimFunc)
+        else func
+        for gvar, func in mod.functions.items()
+    }
+    return tvm.IRModule(functions, attrs=mod.attrs)
+
+
+def _cpu_pipeline() -> tuple[Any, Any, Any]:
+    lower, finalize_host, finalize_device = s_tir.pipeline.default_s_tir_pipeline()
+    return tvm.transform.Sequential([lower, keep_locals_on_stack]), finalize_host, finalize_device
+
+
+register_tir_pipeline(CPU_PIPELINE, _cpu_pipeline)

@@ -1,0 +1,1 @@
+"""What several kernels share: specifications, CPU features, vector arithmetic, register tiles."""

@@ -1,0 +1,1 @@
+"""Dense layer on constant weights, with its epilogue."""

@@ -1,0 +1,197 @@
+"""How a dense kernel runs on x86.
+
+1. Weights are packed in panels (`PanelLayout`), at compile time.
+2. The grid is (row block, panel), split over threads; panels are innermost, so that a row block of
+   ``x`` stays in L2 while the weights stream past it once a block.
+3. A register tile of ``tile_m`` rows by one panel accumulates over all of k: each k step loads the
+   panel's vectors once, and each of them meets ``tile_m`` broadcast elements of ``x``.
+4. Bias starts the accumulators; residual, sigmoid or SwiGLU are applied to them on the way out.
+
+Rows that no tile divides get a second, lower tile; columns that no panel divides get a narrower
+panel; columns that no vector divides are stored by a shorter vector. Nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.target import Target
+
+from ..common import decisions
+from ..common.cpu_features import VectorUnit, vector_unit
+from ..common.kernel import ScheduledKernel
+from ..common.spec import rows as row_count
+from ..common.vector_math import sigmoid, silu
+from .naive import DenseSpec
+from .packing import PanelLayout
+
+# Rows of x that share one pass over the weights: 120 rows of k = 256 are 120 KB, an eighth of the
+# L2 beside the panel's 64 KB.
+BLOCK_M = 120
+
+
+def schedule(sch: Schedule, target: Target) -> None:
+    """Sample the decisions of a dense kernel.
+
+    ``tile_m`` rows by ``panel_vectors`` vectors is the register tile: it fills the register file up
+    to the vectors of one k step. ``block_m`` is the number of rows that share a pass over the
+    weights.
+    """
+    spec = DenseSpec.of(sch.mod["main"])
+    unit = vector_unit(target)
+    tile_m, panel_vectors = default_tile(spec, unit)
+    decisions.sample(sch, "tile_m", sorted({1, 2, 3, 4, 5, 6, 8, 10, 12, 14, tile_m}), tile_m)
+    widths = {2, 4, 6, 8} if spec.swiglu else {1, 2, 3, 4, 6, 8}
+    decisions.sample(sch, "panel_vectors", sorted(widths | {panel_vectors}), panel_vectors)
+    decisions.sample(sch, "block_m", sorted({60, 120, 240, BLOCK_M}), BLOCK_M)
+
+
+def default_tile(spec: DenseSpec, unit: VectorUnit) -> tuple[int, int]:
+    """Return the register tile (rows, vectors of a panel) that keeps the FMA units busy.
+
+    AVX-512 holds 6x4 accumulators beside 4 weight vectors (28 of 32 registers), AVX2 6x2 beside 2
+    (14 of 16). Few rows get wider panels, so that enough independent accumulators hide the FMA's
+    latency (4 cycles, 1 to 2 a cycle); few columns get taller tiles.
+    """
+    accumulators = 24 if unit.registers == 32 else 12
+    m = row_count(spec.lead)
+    vectors = PanelLayout(spec, unit.lanes, unit.lanes * (2 if spec.swiglu else 1)).padded_n
+    vectors //= unit.lanes
+    square = accumulators // 6
+    widest = 8 if unit.registers == 32 else 6
+    panel = min(vectors, max(square, min(widest, accumulators // m)))
+    if spec.swiglu:
+        panel = max(2, panel - panel % 2)
+    tile_m = min(m, max(1, accumulators // panel), 12)
+    return -(-m // -(-m // tile_m)), panel  # tiles of equal height: 7 rows are 4 + 3, not 6 + 1
+
+
+def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Write out the TensorIR that the decisions noted on ``func`` select.
+
+    Returns
+    -------
+    ScheduledKernel
+        Arguments 1 (weights) and 2 (bias) are packed.
+    """
+    spec = DenseSpec.of(func)
+    chosen = decisions.read(func)
+    lanes = vector_unit(target).lanes
+    layout = PanelLayout(spec, lanes, chosen["panel_vectors"] * lanes)
+    kernel = _kernel(spec, layout, min(chosen["tile_m"], row_count(spec.lead)), chosen["block_m"])
+    return ScheduledKernel(kernel, {1: layout.pack_weight, 2: layout.pack_bias})
+
+
+def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> tirx.PrimFunc:
+    M, K, L = row_count(spec.lead), spec.k, layout.lanes
+    width, panels, full_panels = layout.width, layout.panels, layout.full_panels
+    tail_width, size, padded_n = layout.tail_width, layout.size, layout.padded_n
+    out_n, swiglu, sigmoid_from = spec.out_n, spec.swiglu, spec.sigmoid_from
+    has_residual, has_sigmoid = spec.residual, 0 <= sigmoid_from < spec.n
+    step = 2 if swiglu else 1  # accumulator vectors that make one output vector
+    ragged = out_n % L  # columns of the last, partly filled output vector
+
+    tile_rows = M // tile_m * tile_m  # rows in full tiles
+    last_rows = M - tile_rows
+    tiles_per_block = max(1, block_m // tile_m)
+    block_rows = tiles_per_block * tile_m
+    blocks = -(-M // block_rows)
+
+    def epilogue(acc, i, j, l, col):  # type: ignore[no-untyped-def]
+        value = acc[i, j * step * L + l]
+        if swiglu:
+            return silu(value) * acc[i, (j * step + 1) * L + l]
+        if has_sigmoid:
+            return T.Select(col >= sigmoid_from, sigmoid(value), value)
+        return value
+
+    @T.inline
+    def store(acc, residual, y, m, i, j, col, n):  # type: ignore[no-untyped-def]
+        # n columns of output vector j of row i
+        for l in T.vectorized(n):
+            if has_residual:
+                y[m + i, col + l] = residual[m + i, col + l] + epilogue(acc, i, j, l, col + l)
+            else:
+                y[m + i, col + l] = epilogue(acc, i, j, l, col + l)
+
+    @T.inline
+    def tile(x, w, b, residual, y, m, panel, tile_rows, vectors):  # type: ignore[no-untyped-def]
+        acc = T.alloc_buffer((tile_rows, vectors * L), "float32", scope="local")
+        base = T.meta_var(panel * (width * K))
+        col = T.meta_var(panel * (width // step))
+        for i in T.unroll(tile_rows):
+            for j in T.unroll(vectors):
+                for l in T.vectorized(L):
+                    acc[i, j * L + l] = b[panel * width + j * L + l]
+        for k in T.serial(K):
+            for i in T.unroll(tile_rows):
+                for j in T.unroll(vectors):
+                    for l in T.vectorized(L):
+                        acc[i, j * L + l] = (
+                            acc[i, j * L + l]
+                            + x[m + i, k] * w[base + k * (vectors * L) + j * L + l]
+                        )
+        for i in T.unroll(tile_rows):
+            for j in T.unroll(vectors // step):
+                if ragged == 0:
+                    store(acc, residual, y, m, i, j, col + j * L, L)
+                else:
+                    if col + j * L + L <= out_n:
+                        store(acc, residual, y, m, i, j, col + j * L, L)
+                    else:
+                        store(acc, residual, y, m, i, j, col + j * L, ragged)
+
+    @T.inline
+    def panel_rows(x, w, b, residual, y, m, panel, tile_rows):  # type: ignore[no-untyped-def]
+        if tail_width == 0:
+            tile(x, w, b, residual, y, m, panel, tile_rows, width // L)
+        elif full_panels == 0:
+            tile(x, w, b, residual, y, m, 0, tile_rows, tail_width // L)
+        else:
+            if panel < full_panels:
+                tile(x, w, b, residual, y, m, panel, tile_rows, width // L)
+            else:
+                tile(x, w, b, residual, y, m, full_panels, tile_rows, tail_width // L)
+
+    @T.inline
+    def body(x_nd, w, b, residual_nd, y_nd):  # type: ignore[no-untyped-def]
+        x = T.decl_buffer((M, K), "float32", data=x_nd.data)
+        y = T.decl_buffer((M, out_n), "float32", data=y_nd.data)
+        residual = T.decl_buffer((M, out_n), "float32", data=residual_nd.data)
+        for g in T.parallel(blocks * panels):
+            block = T.meta_var(g // panels)
+            panel = T.meta_var(g % panels)
+            for t in T.serial(T.min(tiles_per_block, tile_rows // tile_m - block * tiles_per_block)):
+                panel_rows(x, w, b, residual, y, block * block_rows + t * tile_m, panel, tile_m)
+            if last_rows > 0:
+                if block == blocks - 1:
+                    panel_rows(x, w, b, residual, y, tile_rows, panel, last_rows)
+
+    in_shape, out_shape = (*spec.lead, K), (*spec.lead, out_n)
+    if has_residual:
+
+        @T.prim_func(s_tir=True, private=True)
+        def dense_residual(
+            x: T.Buffer(in_shape, "float32"),
+            w: T.Buffer((size,), "float32"),
+            b: T.Buffer((padded_n,), "float32"),
+            residual: T.Buffer(out_shape, "float32"),
+            y: T.Buffer(out_shape, "float32"),
+        ):
+            T.func_attr({"tirx.noalias": True})
+            body(x, w, b, residual, y)
+
+        return dense_residual
+
+    @T.prim_func(s_tir=True, private=True)
+    def dense(
+        x: T.Buffer(in_shape, "float32"),
+        w: T.Buffer((size,), "float32"),
+        b: T.Buffer((padded_n,), "float32"),
+        y: T.Buffer(out_shape, "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        body(x, w, b, y, y)
+
+    return dense

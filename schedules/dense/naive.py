@@ -1,0 +1,82 @@
+"""What a dense kernel computes: ``epilogue(x @ w + b)``, unscheduled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from tvm import te, tirx
+
+from ..common.spec import KernelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSpec(KernelSpec):
+    """Sizes and epilogue of a dense kernel.
+
+    Parameters
+    ----------
+    lead : tuple of int
+        Leading dimensions of ``x``; their product is the number of rows M.
+    k, n : int
+        Weights are ``[k, n]``.
+    residual : bool
+        A tensor of the output's shape is added.
+    swiglu : bool
+        Columns are pairs (gate of unit i at ``i``, up of unit i at ``n/2 + i``); the output is
+        ``silu(gate) * up``, ``[..., n/2]``.
+    sigmoid_from : int
+        Columns from here on pass through a sigmoid; ``n`` means none do.
+    """
+
+    op: ClassVar[str] = "dense"
+
+    lead: tuple[int, ...]
+    k: int
+    n: int
+    residual: bool = False
+    swiglu: bool = False
+    sigmoid_from: int = -1
+
+    @property
+    def out_n(self) -> int:
+        """Width of the output."""
+        return self.n // 2 if self.swiglu else self.n
+
+    @property
+    def name(self) -> str:
+        """A readable name for the PrimFunc."""
+        rows = "x".join(map(str, self.lead))
+        epilogue = "_swiglu" if self.swiglu else ""
+        epilogue += "_sigmoid" if 0 <= self.sigmoid_from < self.n else ""
+        epilogue += "_residual" if self.residual else ""
+        return f"dense_{rows}x{self.k}x{self.n}{epilogue}"
+
+
+def dense(spec: DenseSpec) -> tirx.PrimFunc:
+    """Return the PrimFunc ``(x, w, b[, residual], out)``.
+
+    Shapes: ``x [*lead, k]``, ``w [k, n]``, ``b [n]``, ``residual`` and ``out [*lead, out_n]``.
+    """
+    x = te.placeholder((*spec.lead, spec.k), "float32", "x")
+    w = te.placeholder((spec.k, spec.n), "float32", "w")
+    b = te.placeholder((spec.n,), "float32", "b")
+    residual = te.placeholder((*spec.lead, spec.out_n), "float32", "residual")
+    k = te.reduce_axis((0, spec.k), "k")
+    product = te.compute(
+        (*spec.lead, spec.n), lambda *i: te.sum(x[(*i[:-1], k)] * w[k, i[-1]], axis=k), "product"
+    )
+
+    def epilogue(*i: tirx.Var) -> tirx.PrimExpr:
+        *row, col = i
+        y = product[(*row, col)] + b[col]
+        if spec.swiglu:
+            up = product[(*row, col + spec.out_n)] + b[col + spec.out_n]
+            y = y * tirx.sigmoid(y) * up
+        elif 0 <= spec.sigmoid_from < spec.n:
+            y = tirx.if_then_else(col >= spec.sigmoid_from, tirx.sigmoid(y), y)
+        return y + residual[i] if spec.residual else y
+
+    out = te.compute((*spec.lead, spec.out_n), epilogue, "out")
+    args = [x, w, b, residual, out] if spec.residual else [x, w, b, out]
+    return spec.attach(te.create_prim_func(args))

@@ -1,0 +1,1 @@
+"""Layer normalization over the last axis."""
