@@ -1,26 +1,35 @@
-"""Sums and maxima over one row, in vector registers."""
+"""Sums and maxima over one row of a local buffer, in vector registers."""
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 
 @T.inline
-def fold_sum(buffer, row, size):  # type: ignore[no-untyped-def]
+def _add_halves(buffer, row, half):  # type: ignore[no-untyped-def]
+    for l in T.vectorized(half):
+        buffer[row, l] = buffer[row, l] + buffer[row, half + l]
+
+
+@T.inline
+def _max_halves(buffer, row, half):  # type: ignore[no-untyped-def]
+    for l in T.vectorized(half):
+        buffer[row, l] = T.max(buffer[row, l], buffer[row, half + l])
+
+
+def fold_sum(buffer: tirx.Buffer, row: tirx.PrimExpr, size: int) -> None:
     """Add the ``size`` elements of ``buffer[row]`` (a power of two) into ``buffer[row, 0]``.
 
     Halves are added as vectors: log2(size) steps, in place of a chain of size - 1 additions.
     """
-    if size > 1:
-        for l in T.vectorized(size // 2):
-            buffer[row, l] = buffer[row, l] + buffer[row, size // 2 + l]
-        fold_sum(buffer, row, size // 2)
+    while size > 1:
+        size //= 2
+        _add_halves(buffer, row, size)
 
 
-@T.inline
-def fold_max(buffer, row, size):  # type: ignore[no-untyped-def]
+def fold_max(buffer: tirx.Buffer, row: tirx.PrimExpr, size: int) -> None:
     """Take the maximum of the ``size`` elements of ``buffer[row]`` into ``buffer[row, 0]``."""
-    if size > 1:
-        for l in T.vectorized(size // 2):
-            buffer[row, l] = T.max(buffer[row, l], buffer[row, size // 2 + l])
-        fold_max(buffer, row, size // 2)
+    while size > 1:
+        size //= 2
+        _max_halves(buffer, row, size)

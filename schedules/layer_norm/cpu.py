@@ -49,6 +49,9 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
     inverse, eps, clamp_variance = 1.0 / N, spec.eps, spec.clamp_variance
     shape = (*spec.lead, N)
 
+    def term(x, mean, square):  # type: ignore[no-untyped-def]
+        return (x - mean[0]) * (x - mean[0]) if square else x
+
     @T.inline
     def add_up(x, m, total, mean, square):  # type: ignore[no-untyped-def]
         # total[0, 0] = sum over the row of x, or of (x - mean)^2
@@ -65,9 +68,6 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
             for l in T.vectorized(tail):
                 total[0, l] += term(x[m, N - tail + l], mean, square)
         fold_sum(total, 0, wide)
-
-    def term(x, mean, square):  # type: ignore[no-untyped-def]
-        return (x - mean[0]) * (x - mean[0]) if square else x
 
     @T.inline
     def write(x, gamma, beta, y, m, mean, scale, col, n):  # type: ignore[no-untyped-def]

@@ -1,0 +1,246 @@
+"""The blocked attention kernel on x86, shared by both attention forms.
+
+1. Keys are transposed into panels ``[width, panel]``, so that a vector holds one component of a
+   vector's worth of keys.
+2. The grid is (batch, query block). A block walks over the key panels; within a panel, register
+   tiles of ``tile_q`` queries by one panel of keys accumulate their scores over the width. A panel
+   of keys and values (128 KB at width 256) stays in L2 for all tiles of the block.
+3. Scores become weights a row at a time (the one step in which the two forms differ).
+4. Weights times values: register tiles of ``tile_q`` queries by one group of value columns
+   accumulate over the panel's keys, onto the block's running output.
+5. After the last panel: division by the sum of weights, and the gate.
+
+Memory beside inputs and output: the transposed keys, and per thread one block of output. A causal
+form skips panels, and keys within a panel, that no query of a tile may see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .attention import ATTENTION_EPS, AttentionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocking:
+    """Sizes of tiles: vector lanes, queries and vectors of a tile, queries of a block."""
+
+    lanes: int
+    tile_q: int
+    panel_vectors: int
+    block_q: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How an attention form scores a key and makes weights of scores.
+
+    Parameters
+    ----------
+    accumulate : callable
+        ``(acc, q, k) -> acc`` for one component of the width.
+    start : inline
+        ``(peak, total, r)``: reset the running values of row ``r``.
+    weigh : inline
+        ``(s, peak, total, rescale, r, i, first, limit)``: turn the scores ``s[i, :]`` of the keys
+        ``first, first + 1, ...`` into weights; those at ``limit`` and beyond become 0. Updates the
+        running values of row ``r``, and stores in ``rescale[0]`` the factor by which the row's
+        earlier output must shrink.
+    rescales : bool
+        Whether ``rescale`` can differ from 1.
+    causal : bool
+        Whether a query sees only keys up to its own position.
+    """
+
+    accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+    start: Callable[..., None]
+    weigh: Callable[..., None]
+    rescales: bool
+    causal: bool
+
+
+def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring) -> tirx.PrimFunc:
+    """Return the blocked kernel ``(q, k, v[, gate], out)``."""
+    B, Q, K, W, V = spec.batch, spec.q_len, spec.k_len, spec.width, spec.value_width
+    L, tile_q, block_q = blocking.lanes, blocking.tile_q, blocking.block_q
+    panel = blocking.panel_vectors * L
+    panels = -(-K // panel)
+    blocks = -(-Q // block_q)
+    first_pos = K - Q  # position of query row 0
+    tile_rows = Q // tile_q * tile_q
+    last_rows = Q - tile_rows
+    group = min(panel, V // L * L) if L <= V else V  # value columns of a register tile
+    groups, tail = V // group, V % group
+    q_off, k_off, v_off, g_off = spec.q_offset, spec.k_offset, spec.v_offset, spec.gate_offset
+    has_gate, causal, rescales = spec.has_gate, scoring.causal, scoring.rescales
+    accumulate, start, weigh = scoring.accumulate, scoring.start, scoring.weigh
+
+    @T.inline
+    def pack_panel(k, kt, b, p):  # type: ignore[no-untyped-def]
+        for j in T.serial(T.min(panel, K - p * panel)):
+            for d in T.serial(W):
+                kt[b, p, d, j] = k[b, p * panel + j, k_off + d]
+        for j in T.serial(T.max(0, (p + 1) * panel - K)):
+            for d in T.serial(W):
+                kt[b, p, d, panel - 1 - j] = T.float32(0)
+
+    @T.inline
+    def score(q, kt, s, b, row, p, n_rows):  # type: ignore[no-untyped-def]
+        acc = T.alloc_buffer((n_rows, panel), "float32", scope="local")
+        for i in T.unroll(n_rows):
+            for l in T.vectorized(panel):
+                acc[i, l] = T.float32(0)
+        for d in T.serial(W):
+            for i in T.unroll(n_rows):
+                for j in T.unroll(panel // L):
+                    for l in T.vectorized(L):
+                        acc[i, j * L + l] = accumulate(
+                            acc[i, j * L + l], q[b, row + i, q_off + d], kt[b, p, d, j * L + l]
+                        )
+        for i in T.unroll(n_rows):
+            for j in T.unroll(panel // L):
+                for l in T.vectorized(L):
+                    s[i, j * L + l] = acc[i, j * L + l]
+
+    @T.inline
+    def mix_group(s, v, o, b, r, p, n_keys, n_rows, col, n, step):  # type: ignore[no-untyped-def]
+        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns
+        acc = T.alloc_buffer((n_rows, n), "float32", scope="local")
+        for i in T.unroll(n_rows):
+            for j in T.unroll(n // step):
+                for l in T.vectorized(step):
+                    acc[i, j * step + l] = o[r + i, col + j * step + l]
+        for key in T.serial(n_keys):
+            for i in T.unroll(n_rows):
+                for j in T.unroll(n // step):
+                    for l in T.vectorized(step):
+                        acc[i, j * step + l] = (
+                            acc[i, j * step + l]
+                            + s[i, key] * v[b, p * panel + key, v_off + col + j * step + l]
+                        )
+        for i in T.unroll(n_rows):
+            for j in T.unroll(n // step):
+                for l in T.vectorized(step):
+                    o[r + i, col + j * step + l] = acc[i, j * step + l]
+
+    @T.inline
+    def mix(s, v, o, b, r, p, n_keys, n_rows):  # type: ignore[no-untyped-def]
+        for c in T.serial(groups):
+            mix_group(s, v, o, b, r, p, n_keys, n_rows, c * group, group, min(L, group))
+        if tail >= L:
+            mix_group(s, v, o, b, r, p, n_keys, n_rows, groups * group, tail // L * L, L)
+        if tail % L > 0:
+            mix_group(s, v, o, b, r, p, n_keys, n_rows, V - tail % L, tail % L, tail % L)
+
+    @T.inline
+    def tile(q, kt, v, s, o, peak, total, b, row, r, p, n_rows):  # type: ignore[no-untyped-def]
+        # Keys of this panel that the tile's last row may see.
+        seen = T.min(panel, (first_pos + row + n_rows if causal else K) - p * panel)
+        if seen > 0:
+            score(q, kt, s, b, row, p, n_rows)
+            for i in T.serial(n_rows):
+                rescale = T.alloc_buffer((1,), "float32", scope="local")
+                limit = T.meta_var(first_pos + row + i + 1 if causal else K)
+                weigh(s, peak, total, rescale, r + i, i, p * panel, limit)
+                if rescales:
+                    if p > 0:
+                        for d in T.serial(V // L):
+                            for l in T.vectorized(L):
+                                o[r + i, d * L + l] = o[r + i, d * L + l] * rescale[0]
+                        if V % L > 0:
+                            for l in T.vectorized(V % L):
+                                o[r + i, V - V % L + l] = o[r + i, V - V % L + l] * rescale[0]
+            mix(s, v, o, b, r, p, seen, n_rows)
+
+    @T.inline
+    def write(o, total, gate, out, b, row, r, col, n):  # type: ignore[no-untyped-def]
+        for l in T.vectorized(n):
+            if has_gate:
+                out[b, row, col + l] = gate[b, row, g_off + col + l] * (
+                    o[r, col + l] / (total[r] + T.float32(ATTENTION_EPS))
+                )
+            else:
+                out[b, row, col + l] = o[r, col + l] / (total[r] + T.float32(ATTENTION_EPS))
+
+    @T.inline
+    def block(q, kt, v, gate, out, b, row0):  # type: ignore[no-untyped-def]
+        o = T.alloc_buffer((block_q, V), "float32", scope="local")
+        s = T.alloc_buffer((tile_q, panel), "float32", scope="local")
+        peak = T.alloc_buffer((block_q,), "float32", scope="local")
+        total = T.alloc_buffer((block_q,), "float32", scope="local")
+        n_rows = T.min(block_q, Q - row0)
+        n_tiles = T.min(block_q, tile_rows - row0) // tile_q
+        for r in T.serial(n_rows):
+            start(peak, total, r)
+            for d in T.serial(V):
+                o[r, d] = T.float32(0)
+        last_key = T.meta_var(first_pos + row0 + n_rows if causal else K)
+        for p in T.serial((last_key + panel - 1) // panel):
+            for t in T.serial(n_tiles):
+                tile(
+                    q, kt, v, s, o, peak, total, b, row0 + t * tile_q, t * tile_q, p, tile_q
+                )
+            if last_rows > 0:
+                if row0 + block_q >= Q:
+                    tile(
+                        q, kt, v, s, o, peak, total, b, tile_rows, tile_rows - row0, p, last_rows
+                    )
+        for r in T.serial(n_rows):
+            for d in T.serial(V // L):
+                write(o, total, gate, out, b, row0 + r, r, d * L, L)
+            if V % L > 0:
+                write(o, total, gate, out, b, row0 + r, r, V - V % L, V % L)
+
+    @T.inline
+    def body(q, k, v, gate, out):  # type: ignore[no-untyped-def]
+        kt = T.alloc_buffer((B, panels, W, panel), "float32")
+        for g in T.parallel(B * panels):
+            pack_panel(k, kt, g // panels, g % panels)
+        for g in T.parallel(B * blocks):
+            # Threads take contiguous ranges. A causal block costs more the later it lies: pairing
+            # the first with the last, the second with the last but one, ... gives each range its
+            # share.
+            u = T.meta_var(g % blocks)
+            row0 = T.meta_var(
+                T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2) * block_q
+            )
+            block(q, kt, v, gate, out, g // blocks, row0)
+
+    return attention_prim_func(spec, body)
+
+
+def attention_prim_func(spec: AttentionSpec, body: Callable[..., None]) -> tirx.PrimFunc:
+    """Wrap ``body(q, k, v, gate, out)`` in the PrimFunc of a spec, with or without a gate."""
+    B, Q, K, V = spec.batch, spec.q_len, spec.k_len, spec.value_width
+    q_shape, k_shape, v_shape = (B, Q, spec.q_stride), (B, K, spec.k_stride), (B, K, spec.v_stride)
+    gate_shape = (B, Q, spec.gate_stride)
+    if spec.has_gate:
+
+        @T.prim_func(s_tir=True, private=True)
+        def gated(
+            q: T.Buffer(q_shape, "float32"),
+            k: T.Buffer(k_shape, "float32"),
+            v: T.Buffer(v_shape, "float32"),
+            gate: T.Buffer(gate_shape, "float32"),
+            out: T.Buffer((B, Q, V), "float32"),
+        ):
+            T.func_attr({"tirx.noalias": True})
+            body(q, k, v, gate, out)
+
+        return gated
+
+    @T.prim_func(s_tir=True, private=True)
+    def ungated(
+        q: T.Buffer(q_shape, "float32"),
+        k: T.Buffer(k_shape, "float32"),
+        v: T.Buffer(v_shape, "float32"),
+        out: T.Buffer((B, Q, V), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        body(q, k, v, q, out)
+
+    return ungated

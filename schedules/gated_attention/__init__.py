@@ -1,0 +1,1 @@
+"""Causal softmax attention with an output gate."""

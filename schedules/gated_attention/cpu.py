@@ -1,0 +1,89 @@
+"""How a gated_attention kernel runs on x86: blocked with an online softmax, or one row at a time.
+
+Online softmax (Milakov and Gimelshein, arXiv 1805.02867): a row keeps its running maximum and sum;
+when a panel raises the maximum, sum and output shrink by ``exp(old - new)``. Exponentials are
+vectorized polynomials.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.target import Target
+
+from ..common import decisions
+from ..common.attention_blocked import Scoring, blocked_attention
+from ..common.attention_row import row_attention
+from ..common.attention_tiles import read_blocking, sample_blocking
+from ..common.cpu_features import vector_unit
+from ..common.kernel import ScheduledKernel
+from ..common.reduce import fold_max, fold_sum
+from ..common.vector_math import exp
+from .naive import GatedAttentionSpec
+
+
+def schedule(sch: Schedule, target: Target) -> None:
+    """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
+    spec = GatedAttentionSpec.of(sch.mod["main"])
+    if spec.q_len > 1:
+        sample_blocking(sch, spec, vector_unit(target))
+
+
+def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Write out the TensorIR that the decisions noted on ``func`` select."""
+    spec = GatedAttentionSpec.of(func)
+    lanes = vector_unit(target).lanes
+    if spec.q_len == 1:
+        return ScheduledKernel(row_attention(spec, lanes, softmax(spec, lanes, 1)))
+    blocking = read_blocking(decisions.read(func), lanes, spec)
+    scoring = softmax(spec, lanes, blocking.panel_vectors)
+    return ScheduledKernel(blocked_attention(spec, blocking, scoring))
+
+
+def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
+    """Return softmax scoring for panels of ``vectors`` vectors of ``L`` lanes."""
+    scale = spec.scale
+
+    @T.inline
+    def start(peak, total, r):  # type: ignore[no-untyped-def]
+        peak[r] = T.min_value("float32")
+        total[r] = T.float32(0)
+
+    @T.inline
+    def weigh(s, peak, total, rescale, r, i, first, limit):  # type: ignore[no-untyped-def]
+        part = T.alloc_buffer((1, L), "float32", scope="local")
+        highest = T.alloc_buffer((1,), "float32", scope="local")
+        for l in T.vectorized(L):
+            part[0, l] = T.min_value("float32")
+        for j in T.unroll(vectors):
+            for l in T.vectorized(L):
+                part[0, l] = T.max(
+                    part[0, l],
+                    T.Select(first + j * L + l < limit, s[i, j * L + l], T.min_value("float32")),
+                )
+        fold_max(part, 0, L)
+        highest[0] = T.max(peak[r], part[0, 0])
+        rescale[0] = exp((peak[r] - highest[0]) * T.float32(scale))
+        peak[r] = highest[0]
+        for l in T.vectorized(L):
+            part[0, l] = T.float32(0)
+        for j in T.unroll(vectors):
+            for l in T.vectorized(L):
+                s[i, j * L + l] = T.Select(
+                    first + j * L + l < limit,
+                    exp((s[i, j * L + l] - highest[0]) * T.float32(scale)),
+                    T.float32(0),
+                )
+            for l in T.vectorized(L):
+                part[0, l] = part[0, l] + s[i, j * L + l]
+        fold_sum(part, 0, L)
+        total[r] = total[r] * rescale[0] + part[0, 0]
+
+    return Scoring(
+        accumulate=lambda acc, q, k: acc + q * k,
+        start=start,
+        weigh=weigh,
+        rescales=True,
+        causal=True,
+    )

@@ -1,0 +1,1 @@
+"""L1-Laplace attention with an output gate."""

@@ -1,0 +1,74 @@
+"""How a laplace_attention kernel runs on x86: blocked in one pass, or one row at a time.
+
+A weight is at most 1, so a running sum needs no running maximum. The distance is accumulated as
+|q - k| itself; the identity |a - b| = 2 max(a, b) - a - b saves an instruction and cancels for
+near-equal vectors.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+from tvm.target import Target
+
+from ..common import decisions
+from ..common.attention_blocked import Scoring, blocked_attention
+from ..common.attention_row import row_attention
+from ..common.attention_tiles import read_blocking, sample_blocking
+from ..common.cpu_features import vector_unit
+from ..common.kernel import ScheduledKernel
+from ..common.reduce import fold_sum
+from .naive import LaplaceAttentionSpec
+
+
+def schedule(sch: Schedule, target: Target) -> None:
+    """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
+    spec = LaplaceAttentionSpec.of(sch.mod["main"])
+    if spec.q_len > 1:
+        sample_blocking(sch, spec, vector_unit(target))
+
+
+def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Write out the TensorIR that the decisions noted on ``func`` select."""
+    spec = LaplaceAttentionSpec.of(func)
+    lanes = vector_unit(target).lanes
+    if spec.q_len == 1:
+        return ScheduledKernel(row_attention(spec, lanes, laplace(lanes, 1)))
+    blocking = read_blocking(decisions.read(func), lanes, spec)
+    return ScheduledKernel(
+        blocked_attention(spec, blocking, laplace(lanes, blocking.panel_vectors))
+    )
+
+
+def laplace(L: int, vectors: int) -> Scoring:
+    """Return L1-Laplace scoring for panels of ``vectors`` vectors of ``L`` lanes."""
+
+    @T.inline
+    def start(peak, total, r):  # type: ignore[no-untyped-def]
+        total[r] = T.float32(0)
+
+    @T.inline
+    def weigh(s, peak, total, rescale, r, i, first, limit):  # type: ignore[no-untyped-def]
+        part = T.alloc_buffer((1, L), "float32", scope="local")
+        for l in T.vectorized(L):
+            part[0, l] = T.float32(0)
+        for j in T.unroll(vectors):
+            for l in T.vectorized(L):
+                s[i, j * L + l] = T.Select(
+                    first + j * L + l < limit,
+                    T.float32(1) / (T.float32(1) + s[i, j * L + l]),
+                    T.float32(0),
+                )
+            for l in T.vectorized(L):
+                part[0, l] = part[0, l] + s[i, j * L + l]
+        fold_sum(part, 0, L)
+        total[r] = total[r] + part[0, 0]
+
+    return Scoring(
+        accumulate=lambda acc, q, k: acc + T.abs(q - k),
+        start=start,
+        weigh=weigh,
+        rescales=False,
+        causal=False,
+    )
