@@ -170,7 +170,10 @@ def _positive_int(name: str, value: object) -> int:
 def _probability(name: str, value: object) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise _wrong(name, "a number p with 0 <= p < 1", value)
-    number = float(value.__float__())
+    try:
+        number = float(value.__float__())
+    except OverflowError as error:
+        raise _wrong(name, "a number p with 0 <= p < 1", value) from error
     if not 0.0 <= number < 1.0:  # also refuses NaN
         raise _wrong(name, "a number p with 0 <= p < 1", value)
     return number

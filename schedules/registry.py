@@ -1,0 +1,56 @@
+"""Which schedule belongs to which kernel."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import tvm
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.target import Target
+
+from .common.kernel import ScheduledKernel
+from .common.spec import OP_ATTR
+from .dense import cpu as dense_cpu
+from .ema_scan import cpu as ema_scan_cpu
+from .gated_attention import cpu as gated_attention_cpu
+from .laplace_attention import cpu as laplace_attention_cpu
+from .layer_norm import cpu as layer_norm_cpu
+
+
+class KernelSchedule(Protocol):
+    """What a ``<op>/cpu.py`` offers."""
+
+    def schedule(self, sch: Schedule, target: Target) -> None:
+        """Sample the decisions on the naive PrimFunc."""
+
+    def generate(self, func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+        """Write out the TensorIR that the decisions select."""
+
+
+CPU: dict[str, KernelSchedule] = {
+    "dense": dense_cpu,
+    "ema_scan": ema_scan_cpu,
+    "gated_attention": gated_attention_cpu,
+    "laplace_attention": laplace_attention_cpu,
+    "layer_norm": layer_norm_cpu,
+}
+
+
+def kernel_op(func: tirx.PrimFunc) -> str | None:
+    """Return the name of the Mega kernel that a PrimFunc is, or None if it is none."""
+    return str(func.attrs[OP_ATTR]) if func.attrs and OP_ATTR in func.attrs else None
+
+
+def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Schedule a naive Mega kernel with its default decisions.
+
+    Raises
+    ------
+    KeyError
+        If the PrimFunc is no Mega kernel: ask `kernel_op` first.
+    """
+    kernel = CPU[kernel_op(func) or ""]
+    sch = Schedule(tvm.IRModule({"main": func}))
+    kernel.schedule(sch, target)
+    return kernel.generate(sch.mod["main"], target)
