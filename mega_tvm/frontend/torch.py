@@ -1,0 +1,134 @@
+"""From a PyTorch module to a Relax module, through ``torch.export``.
+
+The custom ops ``mega::ema_scan``, ``mega::gated_attention`` and ``mega::axon_layer_norm`` stay single
+nodes in the exported graph and become Mega's Relax operators here. All other operators go through
+TVM's importer; one scan ahead of it reports every operator that is not supported, not just the first.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import tvm
+from tvm import relax
+from tvm.relax.frontend.torch import exported_program_translator as translator
+
+import reference.ops  # noqa: F401  (registers the custom ops)
+from reference.numpy_mega import LAYER_NORM_EPS
+
+from .. import relax_ops
+from ..errors import UnsupportedModelError
+
+
+def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule:
+    """Export a module at one input shape and import it.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Takes one float32 tensor, returns one. It is exported in eval mode; its own mode stays.
+    shape : sequence of int
+        The input's shape, ``[batch, seq_len, embed_dim]`` for a Mega.
+
+    Returns
+    -------
+    tvm.IRModule
+        One Relax function ``main`` with the parameters bound as constants.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the module cannot be exported, or holds operators that cannot be imported.
+    """
+    program = _export(module, shape)
+    unsupported = unsupported_operators(program)
+    if unsupported:
+        raise UnsupportedModelError(
+            f"{len(unsupported)} operator(s) of this module are not supported: "
+            + ", ".join(unsupported)
+            + ". Rewrite them in terms of supported ones, or keep them outside the compiled module."
+        )
+    return translator.from_exported_program(
+        program,
+        keep_params_as_input=False,
+        unwrap_unit_return_tuple=True,
+        custom_convert_map=dict(_CONVERTERS),
+        run_ep_decomposition=False,
+    )
+
+
+def _export(module: torch.nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
+    was_training = module.training
+    module.eval()
+    try:
+        example = torch.zeros(tuple(shape), dtype=torch.float32)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
+            program = torch.export.export(module, (example,), strict=False).run_decompositions()
+            outputs = [out for out in program.graph_signature.user_outputs if out is not None]
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"torch.export cannot export {type(module).__name__} at input shape {list(shape)}: "
+            f"{first_line}"
+        ) from error
+    finally:
+        module.train(was_training)
+    if len(outputs) != 1:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} must return one tensor; it returns {len(outputs)}"
+        )
+    return program
+
+
+def unsupported_operators(program: torch.export.ExportedProgram) -> list[str]:
+    """Return the operators of an exported program that cannot be imported, sorted by name."""
+    importer = translator.ExportedProgramImporter()
+    known = set(importer.create_convert_map()) | set(_CONVERTERS)
+    names = {
+        node.target.__name__: str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function"
+    }
+    return sorted(full for name, full in names.items() if name not in known)
+
+
+def _ema_scan(node: torch.fx.Node, importer: Any) -> relax.Var:
+    p, alpha = (importer.env[arg] for arg in node.args)
+    emit = importer.block_builder.emit
+    decay = emit(relax.op.sigmoid(alpha))
+    gain = emit(relax.op.subtract(relax.const(1.0, "float32"), decay))
+    return emit(relax_ops.ema_scan(emit(relax.op.multiply(p, gain)), decay))
+
+
+def _gated_attention(node: torch.fx.Node, importer: Any) -> relax.Var:
+    *tensors, laplace = node.args
+    operands = [importer.env[arg] for arg in tensors]
+    width = relax_ops.shape_of(operands[0])[-1]
+    return importer.block_builder.emit(
+        relax_ops.attention(
+            operands,
+            laplace=bool(laplace),
+            scale=1.0 if laplace else 1.0 / math.sqrt(width),
+            width=width,
+            value_width=relax_ops.shape_of(operands[2])[-1],
+        )
+    )
+
+
+def _axon_layer_norm(node: torch.fx.Node, importer: Any) -> relax.Var:
+    x, gamma, beta = (importer.env[arg] for arg in node.args)
+    return importer.block_builder.emit(
+        relax_ops.layer_norm(x, gamma, beta, eps=LAYER_NORM_EPS, clamp_variance=True)
+    )
+
+
+_CONVERTERS: dict[str, Callable[[torch.fx.Node, Any], relax.Var]] = {
+    "ema_scan.default": _ema_scan,
+    "gated_attention.default": _gated_attention,
+    "axon_layer_norm.default": _axon_layer_norm,
+}

@@ -1,0 +1,271 @@
+"""The compiler's five phases.
+
+1. graph     prune to the last timestep, fold, merge (`mega_tvm.passes`)
+2. kernels   legalize to TensorIR: Mega's operators to their naive PrimFuncs, all others by TVM
+3. schedule  a schedule for every PrimFunc; nothing stays as it was written
+4. pack      weights into the layouts that the schedules want
+5. lower     Relax VM bytecode and LLVM code
+
+Packing stands behind scheduling, since a schedule's decisions choose the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import Op
+from tvm.ir.expr import GenericConst
+
+from schedules.common.kernel import ScheduledKernel
+from schedules.common.spec import SPEC_ATTR
+from schedules.generic.cpu import schedule as generic_schedule
+from schedules.registry import hand_schedule, kernel_op
+
+from .errors import CompileError, UnsupportedModelError
+from .lowering import CPU_PIPELINE
+from .passes import GRAPH_PASSES, OPTIONAL_PASSES
+from .passes.rewrite import to_constant
+from .targets import CpuTarget
+
+PHASES = ("graph", "kernels", "schedule", "pack", "lower")
+SCHEDULE_ATTR = "mega.schedule"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the pipeline hands on.
+
+    Parameters
+    ----------
+    executable : relax.VMExecutable
+    kernels : list of dict
+        Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
+        ``schedule`` (its source) and ``calls`` (over all entries).
+    seconds : dict
+        Wall time of each phase.
+    """
+
+    executable: Any
+    kernels: list[dict[str, Any]]
+    seconds: dict[str, float]
+
+
+def run_pipeline(
+    mod: tvm.IRModule,
+    target: CpuTarget,
+    *,
+    disabled_passes: Collection[str] = (),
+    debug_dump: Path | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> Compiled:
+    """Compile a Relax module.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        As a frontend gives it: one Relax function an entry.
+    target : CpuTarget
+    disabled_passes : collection of str
+        Names from `mega_tvm.passes.OPTIONAL_PASSES`.
+    debug_dump : Path, optional
+        A folder for the module after each phase, and the generated assembly.
+    on_phase : callable
+        Called with each phase's name as it starts.
+
+    Raises
+    ------
+    CompileError
+        If a pass to switch off is not known.
+    UnsupportedModelError
+        If operators are left that nothing can lower; all are named.
+    """
+    check_pass_names(disabled_passes)
+    seconds: dict[str, float] = {}
+    tvm_target = target.tvm_target()
+
+    def phase(name: str, run: Callable[[], Any]) -> Any:
+        on_phase(name)
+        start = time.perf_counter()
+        result = run()
+        seconds[name] = time.perf_counter() - start
+        if debug_dump is not None and isinstance(result, tvm.IRModule):
+            _dump(result, debug_dump / f"{PHASES.index(name) + 1}_{name}.py")
+        return result
+
+    if debug_dump is not None:
+        _dump(mod, debug_dump / "0_import.py")
+    with tvm_target:
+        mod = phase("graph", lambda: graph_phase(mod, disabled_passes))
+        mod = phase("kernels", lambda: kernel_phase(mod))
+        scheduled: dict[str, ScheduledKernel] = {}
+        mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled))
+        kernels = _describe_kernels(mod)
+        mod = phase("pack", lambda: pack_phase(mod, scheduled))
+        executable = phase("lower", lambda: lower_phase(mod, tvm_target))
+    if debug_dump is not None:
+        assembly = executable.mod.imports[0].inspect_source("asm")
+        (debug_dump / "5_lower.s").write_text(assembly, encoding="utf-8")
+    return Compiled(executable, kernels, seconds)
+
+
+def check_pass_names(names: Collection[str]) -> None:
+    """Refuse names that are no optional pass."""
+    unknown = sorted(set(names) - set(OPTIONAL_PASSES))
+    if unknown:
+        raise CompileError(
+            f"cannot switch off {', '.join(unknown)}: the passes that can be switched off are "
+            + ", ".join(OPTIONAL_PASSES)
+        )
+
+
+def graph_phase(mod: tvm.IRModule, disabled_passes: Collection[str] = ()) -> tvm.IRModule:
+    """Run the graph passes that are not switched off."""
+    passes = [p for p in GRAPH_PASSES if p.info.name not in disabled_passes]
+    return tvm.transform.Sequential(passes)(mod)
+
+
+def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
+    """Legalize every operator to TensorIR, and fuse what is elementwise among TVM's own."""
+    mod = tvm.transform.Sequential(
+        [
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.DeadCodeElimination(),
+        ]
+    )(mod)
+    left = sorted(
+        {
+            str(call.op.name)
+            for _, call in _calls(mod)
+            if isinstance(call.op, Op) and str(call.op.name) not in _LOWERED_LATER
+        }
+    )
+    if left:
+        raise UnsupportedModelError(
+            f"{len(left)} operator(s) cannot be lowered: {', '.join(left)}. Rewrite them in terms of "
+            "supported ones, or keep them outside the compiled module."
+        )
+    return mod
+
+
+_LOWERED_LATER = frozenset({"relax.call_tir", "relax.reshape"})
+
+
+def schedule_phase(
+    mod: tvm.IRModule, target: tvm.target.Target, scheduled: dict[str, ScheduledKernel]
+) -> tvm.IRModule:
+    """Schedule every PrimFunc; ``scheduled`` is filled with Mega's kernels, by name."""
+    functions = dict(mod.functions_items())
+    for gvar, func in functions.items():
+        if not isinstance(func, tirx.PrimFunc):
+            continue
+        op = kernel_op(func)
+        if op is None:
+            new = generic_schedule(func, target).with_attr(SCHEDULE_ATTR, "generic")
+        else:
+            kernel = hand_schedule(func, target)
+            scheduled[gvar.name_hint] = kernel
+            marks = {key: func.attrs[key] for key in ("mega.op", SPEC_ATTR)}
+            new = kernel.func.with_attr({**marks, SCHEDULE_ATTR: "hand"})
+        mod.update_func(gvar, new)
+    return mod
+
+
+def pack_phase(mod: tvm.IRModule, scheduled: Mapping[str, ScheduledKernel]) -> tvm.IRModule:
+    """Replace each constant argument by the layout that its kernel's schedule wants."""
+
+    # A packed kernel has another signature, and a GlobalVar carries its function's type: kernels are
+    # added anew, calls pointed at them.
+    builder = relax.BlockBuilder()
+    renewed = {
+        gvar.name_hint: builder.add_func(func, gvar.name_hint)
+        for gvar, func in mod.functions_items()
+        if isinstance(func, tirx.PrimFunc)
+    }
+
+    @relax.expr_functor.mutator
+    class Packer(relax.expr_functor.PyExprMutator):  # type: ignore[misc]
+        def visit_call_(self, call: relax.Call) -> relax.Expr:
+            if call.op != Op.get("relax.call_tir"):
+                return super().visit_call_(call)
+            name, fields = call.args[0].name_hint, list(call.args[1].fields)
+            for index, pack in scheduled[name].pack.items() if name in scheduled else ():
+                if not isinstance(fields[index], GenericConst):
+                    raise CompileError(f"kernel {name}: argument {index} must be constant weights")
+                fields[index] = to_constant(pack(fields[index].value.numpy()))
+            args = [renewed[name], relax.Tuple([self.visit_expr(field) for field in fields])]
+            return relax.Call(call.op, args, call.attrs, call.ty_args)
+
+    packer = Packer(mod)
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            builder.add_func(packer.visit_expr(func), gvar.name_hint)
+    return builder.get()
+
+
+def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
+    """Lower to VM bytecode and LLVM code; returns the executable."""
+    to_vm = tvm.transform.Sequential(
+        [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
+    return relax.build(mod, target, relax_pipeline=to_vm, tir_pipeline=CPU_PIPELINE)
+
+
+def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
+    """Yield every bound call of every Relax function, with the function's name."""
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            for block in func.body.blocks:
+                for binding in block.bindings:
+                    if isinstance(binding.value, relax.Call):
+                        yield gvar.name_hint, binding.value
+
+
+def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
+    calls = Counter(
+        call.args[0].name_hint
+        for _, call in _calls(mod)
+        if call.op == Op.get("relax.call_tir")
+    )
+    kernels = []
+    for gvar, func in mod.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            spec = json.loads(str(func.attrs[SPEC_ATTR])) if SPEC_ATTR in func.attrs else None
+            kernels.append(
+                {
+                    "name": gvar.name_hint,
+                    "op": kernel_op(func) or "generic",
+                    "spec": spec,
+                    "schedule": str(func.attrs[SCHEDULE_ATTR]),
+                    "calls": calls[gvar.name_hint],
+                }
+            )
+    return sorted(kernels, key=lambda kernel: str(kernel["name"]))
+
+
+def _dump(mod: tvm.IRModule, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(mod.script(show_meta=False), encoding="utf-8")

@@ -1,0 +1,237 @@
+"""Mega's own Relax operators, registered from Python.
+
+The graph phase works on these: ``R.mega.dense``, ``R.mega.layer_norm``, ``R.mega.ema_scan``,
+``R.mega.attention`` and ``R.mega.last_timestep``. Each infers its type, and legalizes to the naive
+PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the whole of the kernel phase.
+
+Weights are constants, float64 until the graph phase has folded all that it folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import relax, te, topi
+from tvm.ir import Op, register_op_attr
+from tvm.ir.expr import GenericConst
+
+from schedules.common.spec import KernelSpec
+from schedules.dense.naive import DenseSpec
+from schedules.dense.naive import dense as naive_dense
+from schedules.ema_scan.naive import EmaScanSpec
+from schedules.ema_scan.naive import ema_scan as naive_ema_scan
+from schedules.gated_attention.naive import GatedAttentionSpec, gated_attention
+from schedules.laplace_attention.naive import LaplaceAttentionSpec, laplace_attention
+from schedules.layer_norm.naive import LayerNormSpec
+from schedules.layer_norm.naive import layer_norm as naive_layer_norm
+
+Shape = tuple[int, ...]
+Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
+
+
+def shape_of(expr: relax.Expr) -> Shape:
+    """Return the static shape of a tensor expression."""
+    return tuple(int(dim) for dim in expr.ty.shape)
+
+
+def _tensor(shape: Sequence[int]) -> relax.TensorType:
+    return relax.TensorType(list(shape), "float32")
+
+
+def _register(
+    name: str, args: Sequence[str], infer: Callable[[relax.Call], Shape], legalize: Legalize
+) -> Op:
+    """Register one operator; a second import of the same process must not repeat it."""
+    full = f"relax.mega.{name}"
+    if full in Op.list_op_names():
+        return Op.get(full)
+    tvm.ir._ffi_api.RegisterOp(full, f"Mega's {name}")
+    op = Op.get(full)
+    for arg in args:
+        op.add_argument(arg, "Tensor", "")
+    register_op_attr(full, "FInferType", lambda call, _bb: _tensor(infer(call)))
+    register_op_attr(full, "FPurity", True)
+    register_op_attr(full, "FLegalize", legalize)
+    return op
+
+
+def _call_kernel(
+    bb: relax.BlockBuilder, spec: KernelSpec, func: tvm.tirx.PrimFunc, call: relax.Call
+) -> relax.Expr:
+    # 8 is kOpaque: TVM's fusion must not merge a kernel that has its own schedule.
+    gvar = bb.add_func(func.with_attr("op_pattern", 8), spec.name)  # type: ignore[attr-defined]
+    return relax.call_tir(gvar, list(call.args), call.ty)
+
+
+def _attrs(**values: Any) -> tvm.ir.Attrs:
+    return tvm.ir.make_node("ir.DictAttrs", **values)
+
+
+# dense ------------------------------------------------------------------------------------------
+
+
+def _infer_dense(call: relax.Call) -> Shape:
+    n = shape_of(call.args[1])[1]
+    return (*shape_of(call.args[0])[:-1], n // 2 if call.attrs["swiglu"] else n)
+
+
+def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    k, n = shape_of(call.args[1])
+    sigmoid_from = int(call.attrs["sigmoid_from"])
+    spec = DenseSpec(
+        lead=shape_of(call.args[0])[:-1],
+        k=k,
+        n=n,
+        residual=len(call.args) == 4,
+        swiglu=bool(call.attrs["swiglu"]),
+        sigmoid_from=sigmoid_from,
+    )
+    return _call_kernel(bb, spec, naive_dense(spec), call)
+
+
+_DENSE = _register("dense", ["x", "w", "b", "residual"], _infer_dense, _legalize_dense)
+
+
+def dense(
+    x: relax.Expr,
+    w: GenericConst,
+    b: GenericConst,
+    residual: relax.Expr | None = None,
+    *,
+    swiglu: bool = False,
+    sigmoid_from: int = -1,
+) -> relax.Call:
+    """Return ``epilogue(x @ w + b)``; the fields are those of `DenseSpec`."""
+    args = [x, w, b] if residual is None else [x, w, b, residual]
+    return relax.Call(_DENSE, args, _attrs(swiglu=int(swiglu), sigmoid_from=sigmoid_from))
+
+
+# layer_norm -------------------------------------------------------------------------------------
+
+
+def _legalize_layer_norm(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    *lead, n = shape_of(call.args[0])
+    spec = LayerNormSpec(
+        lead=tuple(lead),
+        n=n,
+        eps=float(call.attrs["eps"]),
+        affine=len(call.args) == 3,
+        clamp_variance=bool(call.attrs["clamp_variance"]),
+    )
+    return _call_kernel(bb, spec, naive_layer_norm(spec), call)
+
+
+_LAYER_NORM = _register(
+    "layer_norm", ["x", "gamma", "beta"], lambda call: shape_of(call.args[0]), _legalize_layer_norm
+)
+
+
+def layer_norm(
+    x: relax.Expr,
+    gamma: relax.Expr | None = None,
+    beta: relax.Expr | None = None,
+    *,
+    eps: float,
+    clamp_variance: bool = False,
+) -> relax.Call:
+    """Return the layer norm of the last axis; without gamma and beta, the plain one."""
+    args = [x] if gamma is None else [x, gamma, beta]
+    attrs = _attrs(eps=tvm.tirx.FloatImm("float64", eps), clamp_variance=int(clamp_variance))
+    return relax.Call(_LAYER_NORM, args, attrs)
+
+
+# ema_scan ---------------------------------------------------------------------------------------
+
+
+def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    spec = EmaScanSpec(*shape_of(call.args[0]))
+    return _call_kernel(bb, spec, naive_ema_scan(spec), call)
+
+
+_EMA_SCAN = _register(
+    "ema_scan", ["p", "decay"], lambda call: shape_of(call.args[0]), _legalize_ema_scan
+)
+
+
+def ema_scan(p: relax.Expr, decay: relax.Expr) -> relax.Call:
+    """Return ``h_t = decay * h_{t-1} + p_t`` along axis 1 of ``p [B, T, D]``."""
+    return relax.Call(_EMA_SCAN, [p, decay])
+
+
+# attention --------------------------------------------------------------------------------------
+
+OPERANDS = ("q", "k", "v", "gate")
+
+
+def _infer_attention(call: relax.Call) -> Shape:
+    batch, q_len, _ = shape_of(call.args[0])
+    return batch, q_len, int(call.attrs["value_width"])
+
+
+def _legalize_attention(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    shapes = dict(zip(OPERANDS, map(shape_of, call.args), strict=False))
+    fields = {f"{name}_stride": shape[2] for name, shape in shapes.items()}
+    fields |= {f"{name}_offset": int(call.attrs[f"{name}_offset"]) for name in OPERANDS}
+    fields |= {"width": int(call.attrs["width"]), "value_width": int(call.attrs["value_width"])}
+    sizes = (*shapes["q"][:2], shapes["k"][1])
+    fields |= dict(zip(("batch", "q_len", "k_len"), sizes, strict=True))
+    if call.attrs["laplace"]:
+        laplace = LaplaceAttentionSpec(**fields)
+        return _call_kernel(bb, laplace, laplace_attention(laplace), call)
+    softmax = GatedAttentionSpec(**fields, scale=float(call.attrs["scale"]))
+    return _call_kernel(bb, softmax, gated_attention(softmax), call)
+
+
+_ATTENTION = _register("attention", OPERANDS, _infer_attention, _legalize_attention)
+
+
+def attention(
+    operands: Sequence[relax.Expr],
+    *,
+    laplace: bool,
+    scale: float,
+    width: int,
+    value_width: int,
+    offsets: Sequence[int] = (0, 0, 0, 0),
+) -> relax.Call:
+    """Return the attention of ``(q, k, v[, gate])``; the fields are those of `AttentionSpec`."""
+    attrs = _attrs(
+        laplace=int(laplace),
+        scale=tvm.tirx.FloatImm("float64", scale),
+        width=width,
+        value_width=value_width,
+        **{f"{name}_offset": offset for name, offset in zip(OPERANDS, offsets, strict=True)},
+    )
+    return relax.Call(_ATTENTION, list(operands), attrs)
+
+
+# last_timestep ----------------------------------------------------------------------------------
+
+
+def _infer_last_timestep(call: relax.Call) -> Shape:
+    batch, _, *rest = shape_of(call.args[0])
+    return (batch, 1, *rest)
+
+
+def _legalize_last_timestep(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    length = shape_of(call.args[0])[1]
+
+    def last_timestep(x: te.Tensor) -> te.Tensor:
+        return topi.strided_slice(x, [length - 1], [length], [1], axes=[1])
+
+    return bb.call_te(last_timestep, call.args[0])
+
+
+_LAST_TIMESTEP = _register("last_timestep", ["x"], _infer_last_timestep, _legalize_last_timestep)
+
+
+def last_timestep(x: relax.Expr) -> relax.Call:
+    """Return ``x[:, -1:]``, ``[B, 1, ...]``."""
+    return relax.Call(_LAST_TIMESTEP, [x])
+
+
+def is_op(expr: relax.Expr, name: str) -> bool:
+    """Whether an expression calls the Relax operator ``relax.<name>``."""
+    return isinstance(expr, relax.Call) and expr.op == Op.get(f"relax.{name}")

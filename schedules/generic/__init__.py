@@ -1,0 +1,1 @@
+"""Operators that are not Mega's own: heads and embeddings around a Mega."""
