@@ -32,3 +32,15 @@ class ArtifactError(MegaError):
 
 class InputError(MegaError, ValueError):
     """An input of a call has the wrong shape, dtype or layout."""
+
+
+class NotAnArtifactError(ArtifactError):
+    """A file is not a compiled model: missing, unreadable, or without a manifest."""
+
+
+class DamagedArtifactError(ArtifactError):
+    """A compiled model's bytes are not those that the compiler wrote."""
+
+
+class IncompatibleArtifactError(ArtifactError):
+    """A compiled model is whole, but not for this CPU, these versions or this process."""

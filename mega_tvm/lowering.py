@@ -1,4 +1,4 @@
-"""The TIR pipeline that every CPU kernel goes through: TVM's own, with accumulators kept on the stack."""
+"""The TIR pipeline of every CPU kernel: TVM's own, with accumulators kept on the stack."""
 
 from __future__ import annotations
 

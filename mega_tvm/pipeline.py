@@ -154,8 +154,8 @@ def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
     )
     if left:
         raise UnsupportedModelError(
-            f"{len(left)} operator(s) cannot be lowered: {', '.join(left)}. Rewrite them in terms of "
-            "supported ones, or keep them outside the compiled module."
+            f"{len(left)} operator(s) cannot be lowered: {', '.join(left)}. Rewrite them in terms "
+            "of supported ones, or keep them outside the compiled module."
         )
     return mod
 
@@ -185,9 +185,8 @@ def schedule_phase(
 
 def pack_phase(mod: tvm.IRModule, scheduled: Mapping[str, ScheduledKernel]) -> tvm.IRModule:
     """Replace each constant argument by the layout that its kernel's schedule wants."""
-
-    # A packed kernel has another signature, and a GlobalVar carries its function's type: kernels are
-    # added anew, calls pointed at them.
+    # A packed kernel has another signature, and a GlobalVar carries its function's type: kernels
+    # are added anew, calls pointed at them.
     builder = relax.BlockBuilder()
     renewed = {
         gvar.name_hint: builder.add_func(func, gvar.name_hint)
@@ -246,9 +245,7 @@ def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
 
 def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
     calls = Counter(
-        call.args[0].name_hint
-        for _, call in _calls(mod)
-        if call.op == Op.get("relax.call_tir")
+        call.args[0].name_hint for _, call in _calls(mod) if call.op == Op.get("relax.call_tir")
     )
     kernels = []
     for gvar, func in mod.functions_items():

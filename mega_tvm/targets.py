@@ -88,7 +88,9 @@ def resolve_target(name: str) -> CpuTarget:
     cores = os.cpu_count() or 1
     if name == "native":
         flags = _machine_flags()
-        level = next((mcpu for mcpu in ("x86-64-v4", "x86-64-v3") if _features(mcpu) <= flags), None)
+        level = next(
+            (mcpu for mcpu in ("x86-64-v4", "x86-64-v3") if _features(mcpu) <= flags), None
+        )
         if level is None:
             missing = sorted(_features("x86-64-v3") - flags)
             raise TargetError(
@@ -126,3 +128,8 @@ def _machine_flags() -> set[str]:
     import cpuinfo
 
     return set(cpuinfo.get_cpu_info().get("flags", ()))
+
+
+def machine_runs(target: CpuTarget) -> bool:
+    """Whether this machine's CPU has all that a target's code needs."""
+    return set(target.cpu_features) <= _machine_flags()

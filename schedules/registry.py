@@ -10,6 +10,7 @@ from tvm.s_tir import Schedule
 from tvm.target import Target
 
 from .common.kernel import ScheduledKernel
+from .common.script_parsing import quick_parser_lookup
 from .common.spec import OP_ATTR
 from .dense import cpu as dense_cpu
 from .ema_scan import cpu as ema_scan_cpu
@@ -53,4 +54,5 @@ def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     kernel = CPU[kernel_op(func) or ""]
     sch = Schedule(tvm.IRModule({"main": func}))
     kernel.schedule(sch, target)
-    return kernel.generate(sch.mod["main"], target)
+    with quick_parser_lookup():
+        return kernel.generate(sch.mod["main"], target)

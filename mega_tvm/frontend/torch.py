@@ -1,8 +1,9 @@
 """From a PyTorch module to a Relax module, through ``torch.export``.
 
-The custom ops ``mega::ema_scan``, ``mega::gated_attention`` and ``mega::axon_layer_norm`` stay single
-nodes in the exported graph and become Mega's Relax operators here. All other operators go through
-TVM's importer; one scan ahead of it reports every operator that is not supported, not just the first.
+The custom ops ``mega::ema_scan``, ``mega::gated_attention`` and ``mega::axon_layer_norm`` stay
+single nodes in the exported graph and become Mega's Relax operators here. All other operators go
+through TVM's importer; one scan ahead of it reports every operator that is not supported, not just
+the first.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def _export(module: torch.nn.Module, shape: Sequence[int]) -> torch.export.Expor
             program = torch.export.export(module, (example,), strict=False).run_decompositions()
             outputs = [out for out in program.graph_signature.user_outputs if out is not None]
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = (
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
         raise UnsupportedModelError(
             f"torch.export cannot export {type(module).__name__} at input shape {list(shape)}: "
             f"{first_line}"

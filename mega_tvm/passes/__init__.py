@@ -1,7 +1,7 @@
 """The graph phase: one rewrite a module, each a pass that can be switched off.
 
-``GRAPH_PASSES`` is their order. ``canonicalize`` and ``narrow_weights`` change the form of the graph,
-not its arithmetic, and always run.
+``GRAPH_PASSES`` is their order. ``canonicalize`` and ``narrow_weights`` change the form of the
+graph, not its arithmetic, and always run.
 """
 
 from __future__ import annotations
@@ -33,5 +33,7 @@ GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
 )
 REQUIRED_PASSES = frozenset({"canonicalize", "narrow_weights"})
 OPTIONAL_PASSES = tuple(
-    graph_pass.info.name for graph_pass in GRAPH_PASSES if graph_pass.info.name not in REQUIRED_PASSES
+    graph_pass.info.name
+    for graph_pass in GRAPH_PASSES
+    if graph_pass.info.name not in REQUIRED_PASSES
 )

@@ -1,8 +1,8 @@
 """Bring an imported graph into Mega's operators.
 
-- ``matmul`` with constant weights, and the ``add`` of its bias -> ``mega.dense``. The importer wraps
-  a product in two reshapes, which would stop every later rewrite: they vanish, since a dense kernel
-  takes any number of leading dimensions.
+- ``matmul`` with constant weights, and the ``add`` of its bias -> ``mega.dense``. The importer
+  wraps a product in two reshapes, which would stop every later rewrite: they vanish, since a dense
+  kernel takes any number of leading dimensions.
 - ``nn.layer_norm`` over the last axis -> ``mega.layer_norm``.
 - ``take`` of the last index of axis 1 -> ``mega.last_timestep``. A negative index elsewhere is made
   positive, since TVM's ``take`` in its fast mode reads out of bounds with it.
@@ -129,9 +129,7 @@ def _layer_norm(site: Site) -> relax.Expr | None:
         return None
     scale = constant64(gamma) if attrs.scale else np.ones(shape_of(gamma))
     shift = constant64(beta) if attrs.center else np.zeros(shape_of(beta))
-    return relax_ops.layer_norm(
-        x, to_constant(scale), to_constant(shift), eps=float(attrs.epsilon)
-    )
+    return relax_ops.layer_norm(x, to_constant(scale), to_constant(shift), eps=float(attrs.epsilon))
 
 
 def _take(site: Site) -> relax.Expr | None:

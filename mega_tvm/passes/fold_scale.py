@@ -1,7 +1,7 @@
 """Fold a constant scale of a dense output into its weights.
 
-``(x W + b) * c = x (W diag(c)) + b * c``, computed in float64. This is how the gain ``1 - a`` of the
-moving average vanishes into the projection before it.
+``(x W + b) * c = x (W diag(c)) + b * c``, computed in float64. This is how the gain ``1 - a`` of
+the moving average vanishes into the projection before it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def _sigmoid_rule() -> Rule:
         dense = site.producer(0)
         if dense is None or not is_plain_dense(dense):
             return None
-        return relax_ops.dense(*dense.args, sigmoid_from=0)
+        x, w, b = dense.args
+        return relax_ops.dense(x, w, b, sigmoid_from=0)
 
     return rule
 
@@ -76,7 +77,8 @@ def _residual_rule() -> Rule:
                 and isinstance(residual, relax.Var)
                 and shape_of(residual) == shape_of(dense)
             ):
-                return relax_ops.dense(*dense.args, residual)
+                x, w, b = dense.args
+                return relax_ops.dense(x, w, b, residual)
         return None
 
     return rule

@@ -1,8 +1,8 @@
 """Merge the projections that feed one attention into one dense layer.
 
 Dense layers on the same rows become one with their weights side by side: ``[x Wa | x Wb] =
-x [Wa | Wb]``. The attention reads its operands as column ranges of the result, without a copy. A gate
-behind a sigmoid joins as the last columns, with the sigmoid in the epilogue.
+x [Wa | Wb]``. The attention reads its operands as column ranges of the result, without a copy. A
+gate behind a sigmoid joins as the last columns, with the sigmoid in the epilogue.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ With ``q = y Wq + bq`` and ``k = y Wk + bk`` the scores are
          = [scale * (y_i Wq + bq) Wk^T] y_j^T + scale * (y_i Wq + bq) bk^T
 
 and the last term does not depend on j: softmax over j cancels it. So the keys are ``y`` itself and
-the queries ``y A + c`` with ``A = scale Wq Wk^T``, ``c = scale bq Wk^T``, both computed in float64. It
-saves the key product wherever ``y`` is not wider than the keys.
+the queries ``y A + c`` with ``A = scale Wq Wk^T``, ``c = scale bq Wk^T``, both computed in
+float64. It saves the key product wherever ``y`` is not wider than the keys.
 
 Rounding. In float32 (unit roundoff u) the two products of q and k carry errors of order
 ``u |Wq|_F |Wk|_F |y_i| |y_j|`` into a score, the merged one ``u |A|_F |y_i| |y_j|``; since
@@ -42,9 +42,7 @@ def _rule() -> Rule:
             return None
         scale = float(call.attrs["scale"])
         wq, bq, wk = (constant64(c) for c in (query.args[1], query.args[2], key.args[1]))
-        merged = relax_ops.dense(
-            y, to_constant(scale * wq @ wk.T), to_constant(scale * bq @ wk.T)
-        )
+        merged = relax_ops.dense(y, to_constant(scale * wq @ wk.T), to_constant(scale * bq @ wk.T))
         return relax_ops.attention(
             [site.emit(merged), y, *call.args[2:]],
             laplace=False,

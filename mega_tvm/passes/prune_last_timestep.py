@@ -38,7 +38,7 @@ def _rule() -> Rule:
         graph = site.graph
         call = graph.values.get(x)
         roles = None if call is None or x in whole else _argument_roles(call)
-        if roles is None:
+        if call is None or roles is None:
             return relax_ops.last_timestep(graph.renew(x))
         args = [
             last_row(site, arg) if role == "last" else graph.renew(arg)
@@ -60,8 +60,8 @@ def _rule() -> Rule:
 def _argument_roles(call: relax.Expr) -> list[str] | None:
     """Say what the last timestep of a call's result needs of each argument.
 
-    ``"last"``: its last timestep; ``"whole"``: all of it, as keys and weights. None if the call does
-    not treat rows alone.
+    ``"last"``: its last timestep; ``"whole"``: all of it, as keys and weights. None if the call
+    does not treat rows alone.
     """
     if is_op(call, "mega.dense"):
         return ["last", "whole", "whole", "last"][: len(call.args)]

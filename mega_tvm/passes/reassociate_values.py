@@ -1,9 +1,9 @@
 """Project attended values after the attention, where few query rows are left.
 
-``A (y W + 1 b) = (A y) W + (A 1) b``: with one query row, the right side projects one row in place of
-all keys. ``A 1`` is 1 for softmax: the sum of weights over itself plus 1e-8, and the sum is at least
-1 (the largest weight is exp(0)), so ``A 1`` differs from 1 by at most 1e-8, below float32's unit
-roundoff of 6e-8. L1-Laplace sums can be small, so the rewrite leaves that form alone.
+``A (y W + 1 b) = (A y) W + (A 1) b``: with one query row, the right side projects one row in place
+of all keys. ``A 1`` is 1 for softmax: the sum of weights over itself plus 1e-8, and the sum is at
+least 1 (the largest weight is exp(0)), so ``A 1`` differs from 1 by at most 1e-8, below float32's
+unit roundoff of 6e-8. L1-Laplace sums can be small, so the rewrite leaves that form alone.
 
 The gate moves behind the projection, where it multiplies the same columns as before.
 """

@@ -80,7 +80,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     accumulate, start, weigh = scoring.accumulate, scoring.start, scoring.weigh
 
     @T.inline
-    def pack_panel(k, kt, b, p):  # type: ignore[no-untyped-def]
+    def pack_panel(k, kt, b, p):
         for j in T.serial(T.min(panel, K - p * panel)):
             for d in T.serial(W):
                 kt[b, p, d, j] = k[b, p * panel + j, k_off + d]
@@ -89,46 +89,48 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 kt[b, p, d, panel - 1 - j] = T.float32(0)
 
     @T.inline
-    def score(q, kt, s, b, row, p, n_rows):  # type: ignore[no-untyped-def]
+    def score(q, kt, s, b, row, p, n_rows):
         acc = T.alloc_buffer((n_rows, panel), "float32", scope="local")
         for i in T.unroll(n_rows):
-            for l in T.vectorized(panel):
-                acc[i, l] = T.float32(0)
+            for lane in T.vectorized(panel):
+                acc[i, lane] = T.float32(0)
         for d in T.serial(W):
             for i in T.unroll(n_rows):
                 for j in T.unroll(panel // L):
-                    for l in T.vectorized(L):
-                        acc[i, j * L + l] = accumulate(
-                            acc[i, j * L + l], q[b, row + i, q_off + d], kt[b, p, d, j * L + l]
+                    for lane in T.vectorized(L):
+                        acc[i, j * L + lane] = accumulate(
+                            acc[i, j * L + lane],
+                            q[b, row + i, q_off + d],
+                            kt[b, p, d, j * L + lane],
                         )
         for i in T.unroll(n_rows):
             for j in T.unroll(panel // L):
-                for l in T.vectorized(L):
-                    s[i, j * L + l] = acc[i, j * L + l]
+                for lane in T.vectorized(L):
+                    s[i, j * L + lane] = acc[i, j * L + lane]
 
     @T.inline
-    def mix_group(s, v, o, b, r, p, n_keys, n_rows, col, n, step):  # type: ignore[no-untyped-def]
+    def mix_group(s, v, o, b, r, p, n_keys, n_rows, col, n, step):
         # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns
         acc = T.alloc_buffer((n_rows, n), "float32", scope="local")
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
-                for l in T.vectorized(step):
-                    acc[i, j * step + l] = o[r + i, col + j * step + l]
+                for lane in T.vectorized(step):
+                    acc[i, j * step + lane] = o[r + i, col + j * step + lane]
         for key in T.serial(n_keys):
             for i in T.unroll(n_rows):
                 for j in T.unroll(n // step):
-                    for l in T.vectorized(step):
-                        acc[i, j * step + l] = (
-                            acc[i, j * step + l]
-                            + s[i, key] * v[b, p * panel + key, v_off + col + j * step + l]
+                    for lane in T.vectorized(step):
+                        acc[i, j * step + lane] = (
+                            acc[i, j * step + lane]
+                            + s[i, key] * v[b, p * panel + key, v_off + col + j * step + lane]
                         )
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
-                for l in T.vectorized(step):
-                    o[r + i, col + j * step + l] = acc[i, j * step + l]
+                for lane in T.vectorized(step):
+                    o[r + i, col + j * step + lane] = acc[i, j * step + lane]
 
     @T.inline
-    def mix(s, v, o, b, r, p, n_keys, n_rows):  # type: ignore[no-untyped-def]
+    def mix(s, v, o, b, r, p, n_keys, n_rows):
         for c in T.serial(groups):
             mix_group(s, v, o, b, r, p, n_keys, n_rows, c * group, group, min(L, group))
         if tail >= L:
@@ -137,7 +139,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             mix_group(s, v, o, b, r, p, n_keys, n_rows, V - tail % L, tail % L, tail % L)
 
     @T.inline
-    def tile(q, kt, v, s, o, peak, total, b, row, r, p, n_rows):  # type: ignore[no-untyped-def]
+    def tile(q, kt, v, s, o, peak, total, b, row, r, p, n_rows):
         # Keys of this panel that the tile's last row may see.
         seen = T.min(panel, (first_pos + row + n_rows if causal else K) - p * panel)
         if seen > 0:
@@ -149,25 +151,25 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 if rescales:
                     if p > 0:
                         for d in T.serial(V // L):
-                            for l in T.vectorized(L):
-                                o[r + i, d * L + l] = o[r + i, d * L + l] * rescale[0]
+                            for lane in T.vectorized(L):
+                                o[r + i, d * L + lane] = o[r + i, d * L + lane] * rescale[0]
                         if V % L > 0:
-                            for l in T.vectorized(V % L):
-                                o[r + i, V - V % L + l] = o[r + i, V - V % L + l] * rescale[0]
+                            for lane in T.vectorized(V % L):
+                                o[r + i, V - V % L + lane] = o[r + i, V - V % L + lane] * rescale[0]
             mix(s, v, o, b, r, p, seen, n_rows)
 
     @T.inline
-    def write(o, total, gate, out, b, row, r, col, n):  # type: ignore[no-untyped-def]
-        for l in T.vectorized(n):
+    def write(o, total, gate, out, b, row, r, col, n):
+        for lane in T.vectorized(n):
             if has_gate:
-                out[b, row, col + l] = gate[b, row, g_off + col + l] * (
-                    o[r, col + l] / (total[r] + T.float32(ATTENTION_EPS))
+                out[b, row, col + lane] = gate[b, row, g_off + col + lane] * (
+                    o[r, col + lane] / (total[r] + T.float32(ATTENTION_EPS))
                 )
             else:
-                out[b, row, col + l] = o[r, col + l] / (total[r] + T.float32(ATTENTION_EPS))
+                out[b, row, col + lane] = o[r, col + lane] / (total[r] + T.float32(ATTENTION_EPS))
 
     @T.inline
-    def block(q, kt, v, gate, out, b, row0):  # type: ignore[no-untyped-def]
+    def block(q, kt, v, gate, out, b, row0):
         o = T.alloc_buffer((block_q, V), "float32", scope="local")
         s = T.alloc_buffer((tile_q, panel), "float32", scope="local")
         peak = T.alloc_buffer((block_q,), "float32", scope="local")
@@ -181,14 +183,10 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         last_key = T.meta_var(first_pos + row0 + n_rows if causal else K)
         for p in T.serial((last_key + panel - 1) // panel):
             for t in T.serial(n_tiles):
-                tile(
-                    q, kt, v, s, o, peak, total, b, row0 + t * tile_q, t * tile_q, p, tile_q
-                )
+                tile(q, kt, v, s, o, peak, total, b, row0 + t * tile_q, t * tile_q, p, tile_q)
             if last_rows > 0:
                 if row0 + block_q >= Q:
-                    tile(
-                        q, kt, v, s, o, peak, total, b, tile_rows, tile_rows - row0, p, last_rows
-                    )
+                    tile(q, kt, v, s, o, peak, total, b, tile_rows, tile_rows - row0, p, last_rows)
         for r in T.serial(n_rows):
             for d in T.serial(V // L):
                 write(o, total, gate, out, b, row0 + r, r, d * L, L)
@@ -196,7 +194,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 write(o, total, gate, out, b, row0 + r, r, V - V % L, V % L)
 
     @T.inline
-    def body(q, k, v, gate, out):  # type: ignore[no-untyped-def]
+    def body(q, k, v, gate, out):
         kt = T.alloc_buffer((B, panels, W, panel), "float32")
         for g in T.parallel(B * panels):
             pack_panel(k, kt, g // panels, g % panels)
@@ -205,9 +203,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             # the first with the last, the second with the last but one, ... gives each range its
             # share.
             u = T.meta_var(g % blocks)
-            row0 = T.meta_var(
-                T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2) * block_q
-            )
+            row0 = T.meta_var(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2) * block_q)
             block(q, kt, v, gate, out, g // blocks, row0)
 
     return attention_prim_func(spec, body)

@@ -36,17 +36,17 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
     accumulate = scoring.accumulate
 
     @T.inline
-    def partial(q, k, acc, b, j, at, col, n):  # type: ignore[no-untyped-def]
-        for l in T.vectorized(n):
-            acc[0, at + l] = accumulate(
-                acc[0, at + l], q[b, 0, q_off + col + l], k[b, j, k_off + col + l]
+    def partial(q, k, acc, b, j, at, col, n):
+        for lane in T.vectorized(n):
+            acc[0, at + lane] = accumulate(
+                acc[0, at + lane], q[b, 0, q_off + col + lane], k[b, j, k_off + col + lane]
             )
 
     @T.inline
-    def score(q, k, s, b, j):  # type: ignore[no-untyped-def]
+    def score(q, k, s, b, j):
         acc = T.alloc_buffer((1, wide), "float32", scope="local")
-        for l in T.vectorized(wide):
-            acc[0, l] = T.float32(0)
+        for lane in T.vectorized(wide):
+            acc[0, lane] = T.float32(0)
         for d in T.serial(steps):
             for u in T.unroll(UNROLL):
                 partial(q, k, acc, b, j, u * L, d * wide + u * L, L)
@@ -57,59 +57,59 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
         fold_sum(acc, 0, wide)
         s[j] = acc[0, 0]
 
-    def weight(score, peak):  # type: ignore[no-untyped-def]
+    def weight(score, peak):
         if softmax:
             return exp((score - peak[0]) * T.float32(scale))
         return T.float32(1) / (T.float32(1) + score)
 
     @T.inline
-    def weigh(s, peak, total):  # type: ignore[no-untyped-def]
+    def weigh(s, peak, total):
         # s: scores to weights; total[0, 0]: their sum
         part = T.alloc_buffer((1, L), "float32", scope="local")
         if softmax:
-            for l in T.vectorized(L):
-                part[0, l] = T.min_value("float32")
+            for lane in T.vectorized(L):
+                part[0, lane] = T.min_value("float32")
             for j in T.serial(K // L):
-                for l in T.vectorized(L):
-                    part[0, l] = T.max(part[0, l], s[j * L + l])
+                for lane in T.vectorized(L):
+                    part[0, lane] = T.max(part[0, lane], s[j * L + lane])
             for j in T.serial(K % L):
                 part[0, 0] = T.max(part[0, 0], s[K - K % L + j])
             fold_max(part, 0, L)
             peak[0] = part[0, 0]
-        for l in T.vectorized(L):
-            total[0, l] = T.float32(0)
+        for lane in T.vectorized(L):
+            total[0, lane] = T.float32(0)
         for j in T.serial(K // L):
-            for l in T.vectorized(L):
-                s[j * L + l] = weight(s[j * L + l], peak)
-            for l in T.vectorized(L):
-                total[0, l] = total[0, l] + s[j * L + l]
+            for lane in T.vectorized(L):
+                s[j * L + lane] = weight(s[j * L + lane], peak)
+            for lane in T.vectorized(L):
+                total[0, lane] = total[0, lane] + s[j * L + lane]
         for j in T.serial(K % L):
             s[K - K % L + j] = weight(s[K - K % L + j], peak)
             total[0, 0] = total[0, 0] + s[K - K % L + j]
         fold_sum(total, 0, L)
 
     @T.inline
-    def mix(s, v, gate, out, total, b, col, n, step):  # type: ignore[no-untyped-def]
+    def mix(s, v, gate, out, total, b, col, n, step):
         acc = T.alloc_buffer((n,), "float32", scope="local")
         for j in T.unroll(n // step):
-            for l in T.vectorized(step):
-                acc[j * step + l] = T.float32(0)
+            for lane in T.vectorized(step):
+                acc[j * step + lane] = T.float32(0)
         for key in T.serial(K):
             for j in T.unroll(n // step):
-                for l in T.vectorized(step):
-                    acc[j * step + l] = (
-                        acc[j * step + l] + s[key] * v[b, key, v_off + col + j * step + l]
+                for lane in T.vectorized(step):
+                    acc[j * step + lane] = (
+                        acc[j * step + lane] + s[key] * v[b, key, v_off + col + j * step + lane]
                     )
         for j in T.unroll(n // step):
-            for l in T.vectorized(step):
-                y = T.meta_var(acc[j * step + l] / (total[0, 0] + T.float32(ATTENTION_EPS)))
+            for lane in T.vectorized(step):
+                y = T.meta_var(acc[j * step + lane] / (total[0, 0] + T.float32(ATTENTION_EPS)))
                 if has_gate:
-                    out[b, 0, col + j * step + l] = gate[b, 0, g_off + col + j * step + l] * y
+                    out[b, 0, col + j * step + lane] = gate[b, 0, g_off + col + j * step + lane] * y
                 else:
-                    out[b, 0, col + j * step + l] = y
+                    out[b, 0, col + j * step + lane] = y
 
     @T.inline
-    def row(q, k, v, gate, out, b):  # type: ignore[no-untyped-def]
+    def row(q, k, v, gate, out, b):
         s = T.alloc_buffer((K,), "float32")
         peak = T.alloc_buffer((1,), "float32", scope="local")
         total = T.alloc_buffer((1, L), "float32", scope="local")
@@ -124,7 +124,7 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
             mix(s, v, gate, out, total, b, V - tail % L, tail % L, tail % L)
 
     @T.inline
-    def body(q, k, v, gate, out):  # type: ignore[no-untyped-def]
+    def body(q, k, v, gate, out):
         if B > 1:
             for b in T.parallel(B):
                 row(q, k, v, gate, out, b)

@@ -16,14 +16,14 @@ from .cpu_features import VectorUnit
 BLOCK_Q = 48
 
 
-def sample_blocking(sch: Schedule, spec: AttentionSpec, unit: VectorUnit) -> None:
+def sample_blocking(sch: Schedule, spec: AttentionSpec, unit: VectorUnit, tile_q: int = 6) -> None:
     """Sample ``tile_q`` queries by ``panel_vectors`` vectors of keys, and ``block_q``.
 
     As for dense, the tile fills the register file: 6x4 accumulators beside 4 vectors of keys with
     AVX-512, 6x2 beside 2 with AVX2. ``block_q`` is a multiple of ``tile_q``, see `read_blocking`.
     """
     panel_vectors = 4 if unit.registers == 32 else 2
-    decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 8], 6)
+    decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 8], tile_q)
     decisions.sample(sch, "panel_vectors", [1, 2, 4], panel_vectors)
     decisions.sample(sch, "block_q", [12, 24, 30, 48, 96], BLOCK_Q if spec.q_len > 96 else 30)
 

@@ -1,9 +1,9 @@
 """Decisions: how a schedule's choices are sampled, kept and read.
 
 A schedule does not transform loops step by step. It samples its decisions with MetaSchedule's
-instructions and notes them on the root block of the naive PrimFunc; the TensorIR that they select is
-then written out at once. Defaults, a search and the replay of a record thus run the same code, and a
-trace is a few lines that hold for any size.
+instructions and notes them on the root block of the naive PrimFunc; the TensorIR that they select
+is then written out at once. Defaults, a search and the replay of a record thus run the same code,
+and a trace is a few lines that hold for any size.
 """
 
 from __future__ import annotations

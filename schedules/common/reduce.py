@@ -7,15 +7,15 @@ from tvm.script import tirx as T
 
 
 @T.inline
-def _add_halves(buffer, row, half):  # type: ignore[no-untyped-def]
-    for l in T.vectorized(half):
-        buffer[row, l] = buffer[row, l] + buffer[row, half + l]
+def _add_halves(buffer, row, half):
+    for lane in T.vectorized(half):
+        buffer[row, lane] = buffer[row, lane] + buffer[row, half + lane]
 
 
 @T.inline
-def _max_halves(buffer, row, half):  # type: ignore[no-untyped-def]
-    for l in T.vectorized(half):
-        buffer[row, l] = T.max(buffer[row, l], buffer[row, half + l])
+def _max_halves(buffer, row, half):
+    for lane in T.vectorized(half):
+        buffer[row, lane] = T.max(buffer[row, lane], buffer[row, half + lane])
 
 
 def fold_sum(buffer: tirx.Buffer, row: tirx.PrimExpr, size: int) -> None:

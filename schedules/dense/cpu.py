@@ -52,7 +52,9 @@ def default_tile(spec: DenseSpec, unit: VectorUnit) -> tuple[int, int]:
 
     AVX-512 holds 6x4 accumulators beside 4 weight vectors (28 of 32 registers), AVX2 6x2 beside 2
     (14 of 16). Few rows get wider panels, so that enough independent accumulators hide the FMA's
-    latency (4 cycles, 1 to 2 a cycle); few columns get taller tiles.
+    latency (4 cycles, 1 to 2 a cycle); few columns get taller tiles. A k step's weight vectors and
+    the broadcast element need registers too, or accumulators are spilled at each step: 3 rows get 6
+    vectors, not 8.
     """
     accumulators = 24 if unit.registers == 32 else 12
     m = row_count(spec.lead)
@@ -60,7 +62,9 @@ def default_tile(spec: DenseSpec, unit: VectorUnit) -> tuple[int, int]:
     vectors //= unit.lanes
     square = accumulators // 6
     widest = 8 if unit.registers == 32 else 6
-    panel = min(vectors, max(square, min(widest, accumulators // m)))
+    room = (unit.registers - 1) // (m + 1) if m > 1 else widest
+    widths = [w for w in (8, 6, 4, 3, 2) if w <= min(widest, accumulators // m, room)]
+    panel = min(vectors, max(square, *widths, 1))
     if spec.swiglu:
         panel = max(2, panel - panel % 2)
     tile_m = min(m, max(1, accumulators // panel), 12)
@@ -98,39 +102,41 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
     block_rows = tiles_per_block * tile_m
     blocks = -(-M // block_rows)
 
-    def epilogue(acc, i, j, l, col):  # type: ignore[no-untyped-def]
-        value = acc[i, j * step * L + l]
+    def epilogue(acc, i, j, lane, col):
+        value = acc[i, j * step * L + lane]
         if swiglu:
-            return silu(value) * acc[i, (j * step + 1) * L + l]
+            return silu(value) * acc[i, (j * step + 1) * L + lane]
         if has_sigmoid:
             return T.Select(col >= sigmoid_from, sigmoid(value), value)
         return value
 
     @T.inline
-    def store(acc, residual, y, m, i, j, col, n):  # type: ignore[no-untyped-def]
+    def store(acc, residual, y, m, i, j, col, n):
         # n columns of output vector j of row i
-        for l in T.vectorized(n):
+        for lane in T.vectorized(n):
             if has_residual:
-                y[m + i, col + l] = residual[m + i, col + l] + epilogue(acc, i, j, l, col + l)
+                y[m + i, col + lane] = residual[m + i, col + lane] + epilogue(
+                    acc, i, j, lane, col + lane
+                )
             else:
-                y[m + i, col + l] = epilogue(acc, i, j, l, col + l)
+                y[m + i, col + lane] = epilogue(acc, i, j, lane, col + lane)
 
     @T.inline
-    def tile(x, w, b, residual, y, m, panel, tile_rows, vectors):  # type: ignore[no-untyped-def]
+    def tile(x, w, b, residual, y, m, panel, tile_rows, vectors):
         acc = T.alloc_buffer((tile_rows, vectors * L), "float32", scope="local")
         base = T.meta_var(panel * (width * K))
         col = T.meta_var(panel * (width // step))
         for i in T.unroll(tile_rows):
             for j in T.unroll(vectors):
-                for l in T.vectorized(L):
-                    acc[i, j * L + l] = b[panel * width + j * L + l]
+                for lane in T.vectorized(L):
+                    acc[i, j * L + lane] = b[panel * width + j * L + lane]
         for k in T.serial(K):
             for i in T.unroll(tile_rows):
                 for j in T.unroll(vectors):
-                    for l in T.vectorized(L):
-                        acc[i, j * L + l] = (
-                            acc[i, j * L + l]
-                            + x[m + i, k] * w[base + k * (vectors * L) + j * L + l]
+                    for lane in T.vectorized(L):
+                        acc[i, j * L + lane] = (
+                            acc[i, j * L + lane]
+                            + x[m + i, k] * w[base + k * (vectors * L) + j * L + lane]
                         )
         for i in T.unroll(tile_rows):
             for j in T.unroll(vectors // step):
@@ -143,7 +149,7 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
                         store(acc, residual, y, m, i, j, col + j * L, ragged)
 
     @T.inline
-    def panel_rows(x, w, b, residual, y, m, panel, tile_rows):  # type: ignore[no-untyped-def]
+    def panel_rows(x, w, b, residual, y, m, panel, tile_rows):
         if tail_width == 0:
             tile(x, w, b, residual, y, m, panel, tile_rows, width // L)
         elif full_panels == 0:
@@ -155,14 +161,16 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
                 tile(x, w, b, residual, y, m, full_panels, tile_rows, tail_width // L)
 
     @T.inline
-    def body(x_nd, w, b, residual_nd, y_nd):  # type: ignore[no-untyped-def]
+    def body(x_nd, w, b, residual_nd, y_nd):
         x = T.decl_buffer((M, K), "float32", data=x_nd.data)
         y = T.decl_buffer((M, out_n), "float32", data=y_nd.data)
         residual = T.decl_buffer((M, out_n), "float32", data=residual_nd.data)
         for g in T.parallel(blocks * panels):
             block = T.meta_var(g // panels)
             panel = T.meta_var(g % panels)
-            for t in T.serial(T.min(tiles_per_block, tile_rows // tile_m - block * tiles_per_block)):
+            for t in T.serial(
+                T.min(tiles_per_block, tile_rows // tile_m - block * tiles_per_block)
+            ):
                 panel_rows(x, w, b, residual, y, block * block_rows + t * tile_m, panel, tile_m)
             if last_rows > 0:
                 if block == blocks - 1:

@@ -1,9 +1,9 @@
 """How an ema_scan kernel runs on x86.
 
-Channels are lanes, time is sequential, the state lives in registers. A step waits for the FMA of the
-one before (4 cycles); ``group`` vectors of channels run side by side in that shadow. At D = 16 a scan
-of 4096 steps takes 4 us, a thousandth of the attention of that length: a chunked (Toeplitz) scan,
-which buys parallelism over time with more arithmetic, would gain nothing here.
+Channels are lanes, time is sequential, the state lives in registers. A step waits for the FMA of
+the one before (4 cycles); ``group`` vectors of channels run side by side in that shadow. At D = 16
+a scan of 4096 steps takes 4 us, a thousandth of the attention of that length: a chunked (Toeplitz)
+scan, which buys parallelism over time with more arithmetic, would gain nothing here.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
     groups, tail = D // width, D % width
 
     @T.inline
-    def scan(p, decay, h, b, d, n):  # type: ignore[no-untyped-def]
+    def scan(p, decay, h, b, d, n):
         state = T.alloc_buffer((n,), "float32", scope="local")
-        for l in T.vectorized(n):
-            state[l] = T.float32(0)
+        for lane in T.vectorized(n):
+            state[lane] = T.float32(0)
         for t in T.serial(N):
-            for l in T.vectorized(n):
-                state[l] = decay[d + l] * state[l] + p[b, t, d + l]
-            for l in T.vectorized(n):
-                h[b, t, d + l] = state[l]
+            for lane in T.vectorized(n):
+                state[lane] = decay[d + lane] * state[lane] + p[b, t, d + lane]
+            for lane in T.vectorized(n):
+                h[b, t, d + lane] = state[lane]
 
     @T.inline
-    def scan_group(p, decay, h, b, g):  # type: ignore[no-untyped-def]
+    def scan_group(p, decay, h, b, g):
         if tail == 0:
             scan(p, decay, h, b, g * width, width)
         else:

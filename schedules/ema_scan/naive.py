@@ -31,7 +31,8 @@ def ema_scan(spec: EmaScanSpec) -> tirx.PrimFunc:
     """Return the PrimFunc ``(p, decay, h)``: ``h_t = decay * h_{t-1} + p_t``, ``h_{-1} = 0``.
 
     Shapes: ``p`` and ``h`` ``[B, T, D]``, ``decay`` ``[D]``. The gain ``1 - decay`` of the moving
-    average is not here: it is a scale of ``p``, which the compiler folds into the projection before.
+    average is not here: it is a scale of ``p``, which the compiler folds into the projection
+    before.
     """
     B, N, D = spec.batch, spec.seq_len, spec.channels
 

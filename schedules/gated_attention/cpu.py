@@ -46,37 +46,39 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
     scale = spec.scale
 
     @T.inline
-    def start(peak, total, r):  # type: ignore[no-untyped-def]
+    def start(peak, total, r):
         peak[r] = T.min_value("float32")
         total[r] = T.float32(0)
 
     @T.inline
-    def weigh(s, peak, total, rescale, r, i, first, limit):  # type: ignore[no-untyped-def]
+    def weigh(s, peak, total, rescale, r, i, first, limit):
         part = T.alloc_buffer((1, L), "float32", scope="local")
         highest = T.alloc_buffer((1,), "float32", scope="local")
-        for l in T.vectorized(L):
-            part[0, l] = T.min_value("float32")
+        for lane in T.vectorized(L):
+            part[0, lane] = T.min_value("float32")
         for j in T.unroll(vectors):
-            for l in T.vectorized(L):
-                part[0, l] = T.max(
-                    part[0, l],
-                    T.Select(first + j * L + l < limit, s[i, j * L + l], T.min_value("float32")),
+            for lane in T.vectorized(L):
+                part[0, lane] = T.max(
+                    part[0, lane],
+                    T.Select(
+                        first + j * L + lane < limit, s[i, j * L + lane], T.min_value("float32")
+                    ),
                 )
         fold_max(part, 0, L)
         highest[0] = T.max(peak[r], part[0, 0])
         rescale[0] = exp((peak[r] - highest[0]) * T.float32(scale))
         peak[r] = highest[0]
-        for l in T.vectorized(L):
-            part[0, l] = T.float32(0)
+        for lane in T.vectorized(L):
+            part[0, lane] = T.float32(0)
         for j in T.unroll(vectors):
-            for l in T.vectorized(L):
-                s[i, j * L + l] = T.Select(
-                    first + j * L + l < limit,
-                    exp((s[i, j * L + l] - highest[0]) * T.float32(scale)),
+            for lane in T.vectorized(L):
+                s[i, j * L + lane] = T.Select(
+                    first + j * L + lane < limit,
+                    exp((s[i, j * L + lane] - highest[0]) * T.float32(scale)),
                     T.float32(0),
                 )
-            for l in T.vectorized(L):
-                part[0, l] = part[0, l] + s[i, j * L + l]
+            for lane in T.vectorized(L):
+                part[0, lane] = part[0, lane] + s[i, j * L + lane]
         fold_sum(part, 0, L)
         total[r] = total[r] * rescale[0] + part[0, 0]
 

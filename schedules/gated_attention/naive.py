@@ -29,9 +29,7 @@ def gated_attention(spec: GatedAttentionSpec) -> tirx.PrimFunc:
         d = te.reduce_axis((0, spec.width), "d")
         scores = te.compute(
             (B, Q, K),
-            lambda b, i, j: te.sum(
-                q[b, i, d + spec.q_offset] * k[b, j, d + spec.k_offset], axis=d
-            ),
+            lambda b, i, j: te.sum(q[b, i, d + spec.q_offset] * k[b, j, d + spec.k_offset], axis=d),
             "scores",
         )
 

@@ -49,38 +49,38 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
     inverse, eps, clamp_variance = 1.0 / N, spec.eps, spec.clamp_variance
     shape = (*spec.lead, N)
 
-    def term(x, mean, square):  # type: ignore[no-untyped-def]
+    def term(x, mean, square):
         return (x - mean[0]) * (x - mean[0]) if square else x
 
     @T.inline
-    def add_up(x, m, total, mean, square):  # type: ignore[no-untyped-def]
+    def add_up(x, m, total, mean, square):
         # total[0, 0] = sum over the row of x, or of (x - mean)^2
-        for l in T.vectorized(wide):
-            total[0, l] = T.float32(0)
+        for lane in T.vectorized(wide):
+            total[0, lane] = T.float32(0)
         for j in T.serial(steps):
             for u in T.unroll(unroll):
-                for l in T.vectorized(L):
-                    total[0, u * L + l] += term(x[m, j * wide + u * L + l], mean, square)
+                for lane in T.vectorized(L):
+                    total[0, u * L + lane] += term(x[m, j * wide + u * L + lane], mean, square)
         for u in T.unroll(vectors_left):
-            for l in T.vectorized(L):
-                total[0, u * L + l] += term(x[m, steps * wide + u * L + l], mean, square)
+            for lane in T.vectorized(L):
+                total[0, u * L + lane] += term(x[m, steps * wide + u * L + lane], mean, square)
         if tail > 0:
-            for l in T.vectorized(tail):
-                total[0, l] += term(x[m, N - tail + l], mean, square)
+            for lane in T.vectorized(tail):
+                total[0, lane] += term(x[m, N - tail + lane], mean, square)
         fold_sum(total, 0, wide)
 
     @T.inline
-    def write(x, gamma, beta, y, m, mean, scale, col, n):  # type: ignore[no-untyped-def]
-        for l in T.vectorized(n):
+    def write(x, gamma, beta, y, m, mean, scale, col, n):
+        for lane in T.vectorized(n):
             if affine:
-                y[m, col + l] = (x[m, col + l] - mean[0]) * scale[0] * gamma[col + l] + beta[
-                    col + l
-                ]
+                y[m, col + lane] = (x[m, col + lane] - mean[0]) * scale[0] * gamma[
+                    col + lane
+                ] + beta[col + lane]
             else:
-                y[m, col + l] = (x[m, col + l] - mean[0]) * scale[0]
+                y[m, col + lane] = (x[m, col + lane] - mean[0]) * scale[0]
 
     @T.inline
-    def row(x, gamma, beta, y, m):  # type: ignore[no-untyped-def]
+    def row(x, gamma, beta, y, m):
         total = T.alloc_buffer((1, wide), "float32", scope="local")
         mean = T.alloc_buffer((1,), "float32", scope="local")
         scale = T.alloc_buffer((1,), "float32", scope="local")
@@ -101,7 +101,7 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
             write(x, gamma, beta, y, m, mean, scale, N - tail, tail)
 
     @T.inline
-    def body(x_nd, gamma, beta, y_nd):  # type: ignore[no-untyped-def]
+    def body(x_nd, gamma, beta, y_nd):
         x = T.decl_buffer((M, N), "float32", data=x_nd.data)
         y = T.decl_buffer((M, N), "float32", data=y_nd.data)
         if M * N >= 2 * PARALLEL_ELEMENTS:

@@ -1,0 +1,182 @@
+"""Writes a compiled model: library, manifest and footer in one file, the manifest beside it again.
+
+The file's format is in `mega_tvm.artifact_format`. Both files are made in a temporary directory
+inside the destination's, so that publishing them is two renames within one file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import tvm
+import tvm_ffi
+
+import mega_tvm
+from mega_tvm.artifact_format import (
+    FORMAT_VERSION,
+    append_trailer,
+    encode_manifest,
+    library_digest,
+)
+from mega_tvm.errors import CompileError
+from mega_tvm.quiet import without_saving_noise
+
+
+class Exportable(Protocol):
+    """What `write_artifact` needs of a ``tvm.relax.VMExecutable``."""
+
+    def export_library(self, file_name: str) -> object:
+        """Link the module into a shared library."""
+
+
+def write_artifact(
+    executable: Exportable, manifest: Mapping[str, Any], path: str | os.PathLike[str]
+) -> Path:
+    """Write a compiled model, and its manifest beside it.
+
+    Both files appear whole or not at all. ``OUT.json`` is renamed first and ``OUT.so`` last: who
+    waits for the library finds its JSON, and an interrupt between the two leaves a whole library
+    (the former one, or none). The library's own manifest is the one that counts.
+
+    Parameters
+    ----------
+    executable : tvm.relax.VMExecutable
+        Its functions are the manifest's entries.
+    manifest : mapping
+        ``target``, ``dtype``, ``entries``, ``config``, ``weights``, ``kernels`` and ``parity``;
+        ``format_version``, ``library`` and ``versions`` are added here.
+    path : path-like
+        A name that ends in ``.so``, in an existing directory; a file there is replaced.
+
+    Returns
+    -------
+    Path
+        The absolute path of the library.
+
+    Raises
+    ------
+    CompileError
+        If the path is unsuitable or cannot be written, or linking fails.
+    ArtifactError
+        If a field of the manifest is missing or of the wrong type.
+    """
+    path = Path(os.path.abspath(path))
+    _check_destination(path)
+    _check_linker()
+    # What is wrong with the manifest is told before linking, with a library's fields made up.
+    encode_manifest(_complete(manifest, "0" * 64, 1))
+    aside_json = path.with_suffix(".json")
+    with _sigterm_raises(), _directory_beside(path) as directory:
+        library, sidecar = directory / "model.so", directory / "model.json"
+        try:
+            with without_saving_noise():
+                executable.export_library(str(library))
+        except RuntimeError as error:
+            raise CompileError(f"{path}: the library cannot be linked: {error}") from error
+        try:
+            with library.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                complete = _complete(manifest, library_digest(file, size), size)
+            append_trailer(library, complete)
+            text = json.dumps(complete, ensure_ascii=False, allow_nan=False, indent=2)
+            sidecar.write_text(text + "\n", encoding="utf-8")
+            _publish(library, path, sidecar, aside_json)
+        except OSError as error:
+            raise CompileError(f"{path}: cannot be written: {error}") from error
+    return path
+
+
+def _check_destination(path: Path) -> None:
+    if path.suffix != ".so":
+        raise CompileError(f"{path}: expected a name that ends in .so, such as {path.name}.so")
+    if not path.parent.is_dir():
+        raise CompileError(f"{path}: there is no directory {path.parent}; create it first")
+    for file in (path, path.with_suffix(".json")):
+        if file.is_dir():
+            raise CompileError(f"{file}: is a directory; give another name")
+
+
+def _check_linker() -> None:
+    from tvm.support import cc
+
+    compiler = cc.get_cc()
+    if compiler is None:
+        raise CompileError(
+            "linking needs a C++ compiler, and none is in PATH; install one "
+            "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or set CXX to its path"
+        )
+    if shutil.which(compiler) is None:  # CXX or CC
+        raise CompileError(
+            f"linking needs a C++ compiler; CXX (or CC) names {compiler!r}, which is not an "
+            "executable; set it to a compiler's path without options, or unset it"
+        )
+
+
+def _complete(manifest: Mapping[str, Any], digest: str, size: int) -> dict[str, Any]:
+    llvm = tvm.target.codegen.llvm_version_major(allow_none=True)
+    return {
+        **manifest,
+        "format_version": FORMAT_VERSION,
+        "library": {"sha256": digest, "bytes": size},
+        "versions": {
+            "mega_tvm": mega_tvm.__version__,
+            "tvm": tvm.__version__,
+            "tvm_ffi": tvm_ffi.__version__,
+            "llvm": None if llvm is None else str(llvm),
+        },
+    }
+
+
+@contextlib.contextmanager
+def _directory_beside(path: Path) -> Iterator[Path]:
+    # A directory, not a file: a linker that outlives an interrupt finds nowhere left to write.
+    try:
+        directory = tempfile.TemporaryDirectory(
+            prefix=".mega_tvm-", dir=path.parent, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise CompileError(f"{path}: cannot be written: {error}") from error
+    with directory:
+        yield Path(directory.name)
+
+
+def _publish(library: Path, path: Path, sidecar: Path, aside_json: Path) -> None:
+    had_json = aside_json.exists()
+    os.replace(sidecar, aside_json)
+    try:
+        os.replace(library, path)
+    except BaseException:
+        if not had_json:
+            aside_json.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that temporaries are removed, unless it is handled."""
+    # Only the main thread may set handlers; one that the user set is theirs.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,239 @@
+"""The file format of a compiled model, read with the standard library alone.
+
+A compiled model is one file::
+
+    ELF shared library            what the linker wrote; ends where the manifest starts
+    manifest                      JSON, UTF-8
+    footer, 48 bytes:
+        sha256                    32 bytes, of the manifest's bytes
+        length                    u64, little-endian, of the manifest in bytes
+        magic                     8 bytes, b"MEGATVM1"
+
+The dynamic loader ignores what follows the ELF image, so the file loads as it is. The footer holds
+the manifest to its digest, and the manifest holds the library to its own (``library.sha256``), so
+that every byte is covered before any code of the file runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from mega_tvm.errors import (
+    ArtifactError,
+    DamagedArtifactError,
+    IncompatibleArtifactError,
+    NotAnArtifactError,
+)
+from mega_tvm.manifest_schema import manifest_problem
+
+FORMAT_VERSION = 1
+MAGIC = b"MEGATVM1"
+
+_FOOTER = struct.Struct("<32sQ8s")  # sha256, length, magic
+_MAX_MANIFEST = 16 << 20
+_RECOMPILE = "compile the model again"
+
+# e_machine of ELF headers that a user may meet, for messages.
+_EM_X86_64 = 62
+_MACHINES = {3: "x86", 40: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a manifest as the trailer holds them.
+
+    Raises
+    ------
+    ArtifactError
+        If a field is missing or of the wrong type, or a value has no JSON form.
+    """
+    if wrong := manifest_problem(manifest):
+        raise ArtifactError(f"manifest: {wrong}")
+    try:
+        text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode()
+    except (TypeError, ValueError) as error:  # ValueError: NaN, a cycle, a lone surrogate
+        raise ArtifactError(f"manifest: cannot be written as JSON: {error}") from error
+
+
+def append_trailer(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    """Append a manifest and its footer to a library.
+
+    Parameters
+    ----------
+    path : path-like
+        A library without a trailer; synchronised to disk when this returns.
+    manifest : mapping
+
+    Raises
+    ------
+    ArtifactError
+        If the manifest is not valid.
+    """
+    text = encode_manifest(manifest)
+    with open(path, "ab") as file:
+        file.write(text + _FOOTER.pack(hashlib.sha256(text).digest(), len(text), MAGIC))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_artifact(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises
+    ------
+    NotAnArtifactError
+        If there is none, or it cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        # Pipes and devices would block, or have no end.
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise NotAnArtifactError(f"{name}: expected a compiled model, found no regular file")
+        return open(name, "rb")
+    except FileNotFoundError as error:
+        raise NotAnArtifactError(f"{name}: no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise NotAnArtifactError(f"{name!r}: cannot be read: {error}") from error
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check the manifest of a compiled model; the library itself is not read.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    NotAnArtifactError
+        If the file cannot be read or has no manifest.
+    DamagedArtifactError
+        If its lengths, digest or fields are not what the compiler writes.
+    IncompatibleArtifactError
+        If it is of another format version or for another kind of machine.
+    """
+    with open_artifact(path) as file:
+        return read_manifest_from(file, os.fspath(path))
+
+
+def read_manifest_from(file: BinaryIO, name: str) -> dict[str, Any]:
+    """Read and check a manifest as `read_manifest` does, from an open file."""
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(64)
+        file.seek(max(0, size - _FOOTER.size))
+        footer = file.read(_FOOTER.size)
+        length = _check_footer(name, size, head, footer)
+        file.seek(size - _FOOTER.size - length)
+        text = file.read(length)
+    except OSError as error:
+        raise NotAnArtifactError(f"{name}: cannot be read: {error}") from error
+    if hashlib.sha256(text).digest() != footer[:32]:
+        raise DamagedArtifactError(
+            f"{name}: the manifest's bytes do not have the digest in the footer; "
+            f"copy the file again, or {_RECOMPILE}"
+        )
+    manifest = _parse(name, text)
+    _check_elf_header(name, head)
+    found = size - _FOOTER.size - length
+    if manifest["library"]["bytes"] != found:
+        raise DamagedArtifactError(
+            f"{name}: expected a library of {manifest['library']['bytes']} bytes, "
+            f"found {found}; copy the file again, or {_RECOMPILE}"
+        )
+    return manifest
+
+
+def check_library(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> None:
+    """Check the library's bytes against the manifest's digest.
+
+    Raises
+    ------
+    DamagedArtifactError
+        If they differ.
+    """
+    expected = manifest["library"]["sha256"]
+    found = library_digest(file, manifest["library"]["bytes"])
+    if found != expected:
+        raise DamagedArtifactError(
+            f"{name}: expected a library with sha256 {expected}, found {found}; "
+            f"copy the file again, or {_RECOMPILE}"
+        )
+
+
+def library_digest(file: BinaryIO, length: int) -> str:
+    """Return the sha256, in hex, of the first bytes of a file."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, 1 << 20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest()
+
+
+def _check_footer(name: str, size: int, head: bytes, footer: bytes) -> int:
+    if size == 0:
+        raise NotAnArtifactError(f"{name}: expected a compiled model, found an empty file")
+    if not head.startswith(b"\x7fELF"):
+        raise NotAnArtifactError(
+            f"{name}: expected a compiled model (an ELF shared library), "
+            f"found a file that starts with {head[:8]!r}"
+        )
+    if len(footer) < _FOOTER.size or not footer.endswith(MAGIC):
+        raise NotAnArtifactError(
+            f"{name}: expected {MAGIC!r} at the end of the file, found {footer[-8:]!r}: "
+            "another kind of shared library, or a compiled model that was cut off or stripped"
+        )
+    length = int(_FOOTER.unpack(footer)[1])
+    if not 2 <= length <= min(size - _FOOTER.size, _MAX_MANIFEST):
+        raise DamagedArtifactError(
+            f"{name}: the footer states a manifest of {length} bytes in a file of {size} "
+            f"(at most {_MAX_MANIFEST}); copy the file again, or {_RECOMPILE}"
+        )
+    return length
+
+
+def _parse(name: str, text: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedArtifactError(f"{name}: the manifest is not JSON: {error}") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    # Before the fields: another version has other fields.
+    if type(version) is int and version != FORMAT_VERSION:
+        raise IncompatibleArtifactError(
+            f"{name}: expected format version {FORMAT_VERSION}, found {version}; "
+            f"{_RECOMPILE}, or install the mega_tvm that wrote it"
+        )
+    if wrong := manifest_problem(manifest):
+        raise DamagedArtifactError(f"{name}: manifest: {wrong}; {_RECOMPILE}")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _check_elf_header(name: str, head: bytes) -> None:
+    if len(head) < 20:
+        raise DamagedArtifactError(f"{name}: the ELF header is cut off; {_RECOMPILE}")
+    machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    if head[4] != 2 or head[5] != 1 or machine != _EM_X86_64:
+        bits = {1: "32-bit", 2: "64-bit"}.get(head[4], f"class {head[4]}")
+        kind = _MACHINES.get(machine, f"machine {machine}")
+        raise IncompatibleArtifactError(
+            f"{name}: expected a 64-bit little-endian x86-64 library, found {bits} {kind}"
+            f"{'' if head[5] == 1 else ', not little-endian'}; compile the model for this machine"
+        )

@@ -1,0 +1,193 @@
+"""``python -m mega_tvm.compile``: a checkpoint goes in, a shared library comes out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from reference import MegaConfig
+
+from .console import console, print_settings, run_command
+
+_DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _compile(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mega_tvm.compile",
+        description="Compile a Mega model into one shared library with its weights inside.",
+    )
+    add = parser.add_argument
+    add(
+        "--target",
+        default="native",
+        metavar="NAME",
+        help="native (default), x86-64-v3, x86-64-v4 or sapphirerapids",
+    )
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint: .nx, .safetensors, .npz, .pt; without it the weights are freshly "
+        "initialized from --seed",
+    )
+    add("--config", type=Path, metavar="FILE.json", help="options of the model, as JSON")
+    add("--embed-dim", type=int, metavar="N")
+    add("--hidden-size", type=int, metavar="N")
+    add("--ema-dim", type=int, metavar="N")
+    add("--num-layers", type=int, metavar="N")
+    add(
+        "--laplace-attention",
+        action="store_true",
+        default=None,
+        help="L1-Laplace attention, where the checkpoint does not state it",
+    )
+    add(
+        "--layer-norm",
+        choices=("plain", "axon-0.8.0"),
+        help="the layer norm of Axon 0.8.0 differs where a row's variance is below 1e-5",
+    )
+    add(
+        "--seq-len",
+        type=_numbers,
+        metavar="N[,N..]",
+        help="sequence lengths to compile for (default: the model's)",
+    )
+    add(
+        "--batch",
+        type=_numbers,
+        default=[1],
+        metavar="N[,N..]",
+        help="batch sizes to compile for (default: 1)",
+    )
+    add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of fresh weights (default: 0)")
+    add(
+        "--disable-pass",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="switch a graph pass off; may be given again",
+    )
+    add(
+        "--debug-dump",
+        type=Path,
+        metavar="DIR",
+        help="write the module after each phase, and the assembly, into DIR",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT.so",
+        help="where the library goes (default: the checkpoint's name, or mega.so)",
+    )
+    return parser  # fmt: skip
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected positive integers separated by commas, such as 1,8; got {text!r}"
+        ) from None
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    out = console()
+    started = time.perf_counter()
+    options = _options(arguments)
+    output = arguments.output or Path(
+        f"{arguments.weights.stem}.so" if arguments.weights else "mega.so"
+    )
+    with out.status("loading the compiler"):
+        # Heavy: torch and TVM's compiler. A wrong option is told before they are loaded.
+        from .artifact_format import read_manifest
+        from .compiler import compile_model
+        from .model_source import resolve_model
+
+    model: Path | MegaConfig = arguments.weights
+    if model is None:
+        model = MegaConfig.from_dict({"embed_dim": _DEFAULT_EMBED_DIM, **options})
+    source = resolve_model(model, options, arguments.seed)
+    config = source.config
+    assert config is not None  # a checkpoint and a config both have one
+    weights = (
+        str(arguments.weights)
+        if arguments.weights
+        else (f"freshly initialized from seed {arguments.seed}: this is no trained model")
+    )
+    print_settings(
+        out,
+        "compile",
+        {
+            "target": arguments.target,
+            "weights": weights,
+            **{f"config.{name}": value for name, value in config.to_dict().items()},
+            "batch": ", ".join(map(str, arguments.batch)),
+            "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "dtype": arguments.dtype,
+            "disabled passes": ", ".join(arguments.disable_pass) or "none",
+            "output": output,
+        },
+    )
+    for warning in source.warnings:
+        out.print(f"warning: {warning}", markup=False)
+    with out.status("starting") as status:
+
+        def on_phase(phase: str) -> None:
+            status.update(f"phase: {phase}")
+            if not out.is_terminal:
+                out.print(f"  phase: {phase}")
+
+        path = compile_model(
+            model,
+            target=arguments.target,
+            batch=arguments.batch,
+            seq_len=arguments.seq_len,
+            dtype=arguments.dtype,
+            output=output,
+            options=options,
+            seed=arguments.seed,
+            disabled_passes=arguments.disable_pass,
+            debug_dump=arguments.debug_dump,
+            on_phase=on_phase,
+        )
+    manifest = read_manifest(path)
+    parity = manifest["parity"]
+    if parity["checked"]:
+        checked = [entry["max_abs"] for entry in parity["entries"].values() if entry["checked"]]
+        figure = f"max abs error against float64: {max(checked):.2e}" if checked else "not checked"
+    else:
+        figure = f"parity not checked: {parity['reason']}"
+    out.print(
+        f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) in "
+        f"{time.perf_counter() - started:.1f} s; {figure}",
+        markup=False,
+    )
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the model's options that the user gave, by the config file or one by one."""
+    options: dict[str, object] = {}
+    if arguments.config is not None:
+        options = MegaConfig.from_json(arguments.config).to_dict()
+    names = ("embed_dim", "hidden_size", "ema_dim", "num_layers", "laplace_attention", "layer_norm")
+    given = {name: getattr(arguments, name) for name in names}
+    options.update({name: value for name, value in given.items() if value is not None})
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

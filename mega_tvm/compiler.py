@@ -1,0 +1,216 @@
+"""Compiles a model into a shared library: `compile_model`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from tvm import relax
+
+from reference import MegaConfig
+
+from .artifact import write_artifact
+from .errors import CompileError
+from .frontend.torch import import_module
+from .model_source import DEFAULT_SEED, ModelSource, resolve_model
+from .pipeline import Compiled, run_pipeline
+from .targets import CpuTarget, machine_runs, resolve_target
+from .tolerances import compare
+from .weights import Checkpoint
+
+DTYPES = ("float32",)
+DEFAULT_OUTPUT = "mega.so"
+# Query-key pairs beyond which the float64 reference takes longer than the compile: 512^2 at 4
+# layers.
+_PARITY_PAIRS = 4 * 512 * 512
+
+
+def compile_model(
+    model: torch.nn.Module | Checkpoint | MegaConfig | str | os.PathLike[str],
+    *,
+    target: str = "native",
+    batch: int | Sequence[int] = 1,
+    seq_len: int | Sequence[int] | None = None,
+    input_shape: Sequence[int] | None = None,
+    dtype: str = "float32",
+    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    options: Mapping[str, object] | None = None,
+    seed: int = DEFAULT_SEED,
+    disabled_passes: Collection[str] = (),
+    debug_dump: str | os.PathLike[str] | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> Path:
+    """Compile a model into one shared library with its weights inside.
+
+    Parameters
+    ----------
+    model : Module, Checkpoint, MegaConfig or path
+        A Mega, a module around one, or the path of a checkpoint (``.nx``, ``.safetensors``,
+        ``.npz``, ``.pt``). A config alone gets fresh weights from ``seed``.
+    target : str
+        ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``sapphirerapids``.
+    batch, seq_len : int or sequence of int
+        Shapes to compile for: every batch with every length. ``seq_len`` defaults to the config's.
+    input_shape : sequence of int, optional
+        For a module without a Mega inside, in place of ``batch`` and ``seq_len``.
+    dtype : str
+        Type of weights and arithmetic: ``float32``.
+    output : path-like
+        Where the library goes; ``OUT.json`` goes beside it.
+    options : mapping, optional
+        Options of `MegaConfig` that a checkpoint file does not state.
+    seed : int
+        Seed of fresh weights.
+    disabled_passes : collection of str
+        Graph passes to switch off, see `mega_tvm.passes.OPTIONAL_PASSES`.
+    debug_dump : path-like, optional
+        A folder for the module after each phase, and the generated assembly.
+    on_phase : callable
+        Called with the name of each phase as it starts.
+
+    Returns
+    -------
+    Path
+        The library's absolute path.
+
+    Raises
+    ------
+    CompileError, WeightsError, TargetError, UnsupportedModelError
+        Each says what was expected, what came, and what to do. Nothing is written then.
+    """
+    cpu_target = resolve_target(target)
+    if dtype not in DTYPES:
+        raise CompileError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    source = resolve_model(model, options, seed)
+    shapes = _shapes(source, batch, seq_len, input_shape)
+    on_phase("import")
+    mod = _import(source.module, shapes)
+    compiled = run_pipeline(
+        mod,
+        cpu_target,
+        disabled_passes=disabled_passes,
+        debug_dump=None if debug_dump is None else Path(debug_dump),
+        on_phase=on_phase,
+    )
+    on_phase("parity")
+    entries = [_entry(name, shape, mod) for name, shape in shapes.items()]
+    manifest = {
+        "target": {
+            "name": cpu_target.name,
+            "kind": "llvm",
+            "mcpu": cpu_target.mcpu,
+            "mattr": list(cpu_target.mattr),
+            "cpu_features": list(cpu_target.cpu_features),
+        },
+        "dtype": dtype,
+        "entries": entries,
+        "config": None if source.config is None else source.config.to_dict(),
+        "weights": source.origin,
+        "kernels": compiled.kernels,
+        "disabled_passes": sorted(disabled_passes),
+        "parity": _parity(compiled, source, cpu_target, shapes, dtype),
+    }
+    on_phase("link")
+    return write_artifact(compiled.executable, manifest, output)
+
+
+def _shapes(
+    source: ModelSource,
+    batch: int | Sequence[int],
+    seq_len: int | Sequence[int] | None,
+    input_shape: Sequence[int] | None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the input shapes to compile for, by entry name."""
+    if input_shape is not None:
+        return {"main": tuple(_positive("input_shape", size) for size in input_shape)}
+    config = source.config
+    if config is None:
+        raise CompileError(
+            f"{type(source.module).__name__} holds no Mega that would tell the shape of its input: "
+            "give input_shape"
+        )
+    lengths = config.seq_len if seq_len is None else seq_len
+    batches = [_positive("batch", b) for b in _as_list(batch)]
+    pairs = list(itertools.product(batches, [_positive("seq_len", t) for t in _as_list(lengths)]))
+    if len(set(pairs)) < len(pairs) or not pairs:
+        raise CompileError(f"batch {batch} and seq_len {lengths} must give distinct shapes")
+    if len(pairs) == 1:
+        return {"main": (*pairs[0], config.embed_dim)}
+    return {f"main_b{b}_t{t}": (b, t, config.embed_dim) for b, t in pairs}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CompileError(f"{name} must be a positive integer; got {value!r}")
+    return value
+
+
+def _import(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tvm.IRModule:
+    functions = {}
+    for name, shape in shapes.items():
+        main = import_module(module, shape)["main"]
+        functions[name] = main.with_attr("global_symbol", name)
+    return tvm.IRModule(functions)
+
+
+def _entry(name: str, shape: tuple[int, ...], mod: tvm.IRModule) -> dict[str, Any]:
+    ret = mod[name].ret_ty
+    out = [int(size) for size in ret.shape]
+    sequence = len(shape) == 3
+    return {
+        "name": name,
+        "batch": shape[0] if sequence else None,
+        "seq_len": shape[1] if sequence else None,
+        "input": {"shape": list(shape), "dtype": "float32"},
+        "output": {"shape": out, "dtype": "float32"},
+    }
+
+
+def _parity(
+    compiled: Compiled,
+    source: ModelSource,
+    target: CpuTarget,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+) -> dict[str, Any]:
+    """Run the compiled code against the float64 reference, before anything is written.
+
+    Raises
+    ------
+    CompileError
+        If an entry leaves the tolerance.
+    """
+    if not machine_runs(target):
+        return {"checked": False, "reason": f"this machine cannot run {target.name} code"}
+    machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
+    oracle = source.oracle()
+    layers = source.config.num_layers if source.config else 1
+    found: dict[str, Any] = {"checked": True, "entries": {}}
+    for name, shape in shapes.items():
+        if layers * shape[0] * (shape[1] if len(shape) == 3 else 1) ** 2 > _PARITY_PAIRS:
+            found["entries"][name] = {"checked": False, "reason": "long; run mega_tvm.verify"}
+            continue
+        x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        actual = machine[name](tvm.runtime.tensor(x)).numpy()
+        parity = compare(actual, oracle(x), dtype)
+        if not parity.ok:
+            raise CompileError(
+                f"entry {name} differs from the float64 reference: {parity}. This is a bug of the "
+                "compiler; nothing was written"
+            )
+        found["entries"][name] = {
+            "checked": True,
+            "max_abs": parity.max_abs,
+            "relative_rms": parity.relative_rms,
+        }
+    return found

@@ -1,0 +1,77 @@
+"""What a model's call accepts: checks with their messages, and aligned memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mega_tvm.errors import InputError
+
+# Compiled kernels load whole vectors from aligned addresses: another address ends the process.
+ALIGNMENT = 64
+CPU = 1  # kDLCPU
+
+
+def as_array(x: Any) -> npt.NDArray[Any]:
+    """Return a NumPy view of an array on the CPU.
+
+    Raises
+    ------
+    InputError
+        If it is none.
+    """
+    if isinstance(x, np.ndarray):
+        # The type first: NumPy imports np.ma at its first use, which takes 10 ms.
+        if type(x) is not np.ndarray and isinstance(x, np.ma.MaskedArray):
+            raise InputError("expected an array without a mask; use x.filled(value)")
+        return x
+    if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
+        raise InputError(
+            f"expected a NumPy array or an object with __dlpack__, found {type(x).__name__}; "
+            "use numpy.asarray(x, dtype=numpy.float32)"
+        )
+    try:
+        device = int(x.__dlpack_device__()[0])
+        if device == CPU:
+            return np.from_dlpack(x)
+    except Exception as error:  # each exporter raises its own
+        raise InputError(
+            f"expected a float32 array, found a {type(x).__name__} that NumPy cannot read "
+            f"({error}); torch: x.detach().float()"
+        ) from error
+    raise InputError(
+        f"expected an array on the CPU, found one on DLPack device type {device}; "
+        "copy it to the CPU first (torch: x.cpu())"
+    )
+
+
+def dtype_message(dtype: np.dtype[Any]) -> str:
+    """Say what is wrong with a dtype that is not native float32."""
+    advice = "use x.astype(numpy.float32)"
+    if dtype.kind == "f" and not dtype.isnative:
+        return f"expected float32 in native byte order, found {dtype.str}; {advice}"
+    if dtype.kind in "cOSUV":
+        advice = "the model takes real numbers"
+    return f"expected float32, found {dtype}; {advice} (a conversion is never made silently)"
+
+
+def non_finite(array: npt.NDArray[np.float32]) -> str:
+    """Say how many elements are not finite, and where the first is."""
+    index = np.argwhere(~np.isfinite(array))
+    return f"{len(index)} others, the first {array[tuple(index[0])]} at {index[0].tolist()}"
+
+
+def aligned_empty(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return an array of undefined values at an address that kernels can read."""
+    size = int(np.prod(shape)) * 4
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def is_aligned(array: npt.NDArray[Any]) -> bool:
+    """Return whether an array starts at an address that kernels can read."""
+    address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
+    return address % ALIGNMENT == 0

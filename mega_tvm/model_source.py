@@ -1,0 +1,117 @@
+"""What a user may hand to the compiler, resolved to a PyTorch module and what is known about it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reference import MegaConfig, numpy_mega
+from reference.torch_mega import Mega, build
+
+from .errors import CompileError
+from .weights import Checkpoint, load_checkpoint
+
+DEFAULT_SEED = 0
+
+Oracle = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.floating[Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model to compile.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    config : MegaConfig or None
+        The Mega's options; for a user's module, those of the first Mega inside, if there is one.
+    checkpoint : Checkpoint or None
+        The weights, where the module is exactly a Mega.
+    origin : dict
+        Where the weights are from, for the manifest: ``kind`` (``file``, ``seed``, ``memory`` or
+        ``module``) and what finds them again.
+    warnings : tuple of str
+        What the user should know about how the source was read.
+    """
+
+    module: torch.nn.Module
+    config: MegaConfig | None
+    checkpoint: Checkpoint | None
+    origin: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    def oracle(self) -> Oracle:
+        """Return the float64 reference: NumPy's for a Mega, else the module itself in float64."""
+        if self.checkpoint is not None:
+            config, params = self.checkpoint.config, self.checkpoint.params
+            return lambda x: numpy_mega.forward(config, params, x)
+        module = copy.deepcopy(self.module).double().eval()
+
+        def run(x: npt.NDArray[np.float32]) -> npt.NDArray[np.floating[Any]]:
+            with torch.no_grad():
+                y: npt.NDArray[np.floating[Any]] = module(torch.from_numpy(x).double()).numpy()
+            return y
+
+        return run
+
+
+def resolve_model(
+    model: torch.nn.Module | Checkpoint | MegaConfig | str | os.PathLike[str],
+    options: Mapping[str, object] | None = None,
+    seed: int = DEFAULT_SEED,
+) -> ModelSource:
+    """Resolve what a user hands to the compiler.
+
+    Parameters
+    ----------
+    model : Module, Checkpoint, MegaConfig or path
+        A path is a checkpoint in any format that `load_checkpoint` reads. A config alone gets
+        freshly initialized weights.
+    options : mapping, optional
+        Options of `MegaConfig` that a checkpoint file does not state.
+    seed : int
+        Seed of fresh weights.
+
+    Raises
+    ------
+    CompileError
+        If ``model`` is none of these.
+    WeightsError
+        If a checkpoint cannot be read.
+    """
+    if isinstance(model, str | os.PathLike):
+        path = Path(model)
+        checkpoint = load_checkpoint(path, options=options)
+        origin = {"kind": "file", "path": str(path.resolve()), "format": checkpoint.format}
+        return _from_checkpoint(checkpoint, origin)
+    if isinstance(model, Checkpoint):
+        return _from_checkpoint(model, {"kind": "memory"})
+    if isinstance(model, MegaConfig):
+        module = build(model, seed=seed)
+        checkpoint = Checkpoint(model, module.to_params())
+        return _from_checkpoint(checkpoint, {"kind": "seed", "seed": seed, "init": "torch"})
+    if isinstance(model, Mega):
+        checkpoint = Checkpoint(model.config, model.to_params())
+        return _from_checkpoint(checkpoint, {"kind": "memory"})
+    if isinstance(model, torch.nn.Module):
+        inner = next((m for m in model.modules() if isinstance(m, Mega)), None)
+        config = None if inner is None else inner.config
+        return ModelSource(model, config, None, {"kind": "module", "class": type(model).__name__})
+    raise CompileError(
+        "expected a torch.nn.Module, a Checkpoint, a MegaConfig or the path of a checkpoint; got "
+        f"{type(model).__name__}"
+    )
+
+
+def _from_checkpoint(checkpoint: Checkpoint, origin: dict[str, Any]) -> ModelSource:
+    module = Mega.from_params(checkpoint.config, checkpoint.params)
+    origin = {**origin, "digest": checkpoint.digest}
+    return ModelSource(module, checkpoint.config, checkpoint, origin, checkpoint.warnings)

@@ -1,0 +1,201 @@
+"""Finds and loads ``libtvm_runtime.so``, and sets how many threads a call uses.
+
+TVM keeps one thread pool per calling thread. It starts at the first parallel loop that may use
+more than one thread, and its size is fixed then. So a pool starts with one thread for each CPU of
+the process, of which a call uses as many as its model asks for; the others sleep. A call that asks
+for one thread runs its loops in place and starts no pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import tvm_ffi
+
+from mega_tvm.errors import IncompatibleArtifactError, MegaError
+
+LIBRARY = "libtvm_runtime.so"
+VARIABLE = "MEGA_TVM_RUNTIME"
+
+# tvm::runtime::threading::{SetMaxConcurrency(int), NumThreads()}: exported, without a packed form.
+# TVM_NUM_THREADS would do the same for the whole process and for every child of it.
+_SET_MAX_CONCURRENCY = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
+_NUM_THREADS = "_ZN3tvm7runtime9threading10NumThreadsEv"
+# ThreadGroup::AffinityMode: as many threads as CPUs are named.
+_SPECIFY_THREAD_SHARE_ALL_CORE = -3
+# Yields of a worker before it sleeps: measured 1 ms, which spans the serial gaps within a call.
+# TVM's default, 300000, keeps a core busy for over 150 ms after each call. Waking takes some 30 us.
+_SPIN_COUNT = "2000"
+
+
+class RuntimeLibrary:
+    """The loaded runtime library.
+
+    Parameters
+    ----------
+    path : Path
+    version : str or None
+        TVM's version, where it is known.
+    """
+
+    def __init__(self, path: Path, version: str | None) -> None:
+        self.path = path
+        self.version = version
+        try:
+            library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise IncompatibleArtifactError(
+                f"{path}: TVM's runtime library cannot be loaded: {error}"
+            ) from error
+        try:
+            # PyDLL keeps the GIL: this call is one store, made before each run.
+            set_max_concurrency = ctypes.PyDLL(str(path))[_SET_MAX_CONCURRENCY]
+            num_threads = library[_NUM_THREADS]
+        except AttributeError as error:
+            raise IncompatibleArtifactError(
+                f"{path}: not the runtime library of TVM 0.27: {error}"
+            ) from error
+        set_max_concurrency.argtypes = (ctypes.c_int,)
+        set_max_concurrency.restype = None
+        num_threads.argtypes = ()
+        num_threads.restype = ctypes.c_int
+        self._set_max_concurrency = set_max_concurrency
+        self._num_threads = num_threads
+        self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        self._local = threading.local()
+
+    def use_threads(self, count: int) -> None:
+        """Let the calling thread's next parallel loops use this many threads.
+
+        Raises
+        ------
+        MegaError
+            If its pool was started smaller by other code, or before a fork.
+        """
+        if count > 1 and getattr(self._local, "state", None) != (os.getpid(), count):
+            self._resize_pool(count)
+        # Always, since another user of TVM in this thread may have changed it.
+        self._set_max_concurrency(count)
+
+    def _resize_pool(self, count: int) -> None:
+        pid = os.getpid()
+        if getattr(self._local, "state", (pid, 0))[0] != pid:
+            raise MegaError(
+                f"this process was forked after a model had run on {self._local.state[1]} threads, "
+                "which are gone; use num_threads=1, or call the model from a new thread, "
+                "or start processes with multiprocessing's 'spawn' method"
+            )
+        # Read when the pool starts. Bound threads would also widen the caller's own CPU set.
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
+        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPIN_COUNT)
+        self._set_max_concurrency(max(count, available_cpus()))
+        self._num_threads()  # starts this thread's pool
+        self._configure(_SPECIFY_THREAD_SHARE_ALL_CORE, count, [str(i) for i in range(count)])
+        if (found := self._num_threads()) != count:
+            raise MegaError(
+                f"expected a pool of {count} threads, found {found}: other code had started this "
+                "thread's TVM pool before; call the model from a new thread"
+            )
+        self._local.state = (pid, count)
+
+
+_loaded: RuntimeLibrary | None = None
+_lock = threading.Lock()
+
+
+def runtime_library(beside: Path) -> RuntimeLibrary:
+    """Return the process's runtime library, loaded at the first call.
+
+    One that is loaded already, by ``import tvm`` for instance, is used as it is: a second copy
+    would register every function twice. Else the order is the variable ``MEGA_TVM_RUNTIME`` (a
+    file, or a directory that holds it), the artifact's directory, and an installed ``apache-tvm``.
+
+    Parameters
+    ----------
+    beside : Path
+        The artifact's directory.
+
+    Raises
+    ------
+    IncompatibleArtifactError
+        If none is found, or it cannot be used.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = RuntimeLibrary(*(_mapped() or _find(beside)))
+        return _loaded
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _mapped() -> tuple[Path, str | None] | None:
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            # address permissions offset device inode path
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and os.path.basename(fields[5]) == LIBRARY:
+                return Path(fields[5]), getattr(sys.modules.get("tvm"), "__version__", None)
+    return None
+
+
+def _find(beside: Path) -> tuple[Path, str | None]:
+    if named := os.environ.get(VARIABLE):
+        path = Path(os.path.abspath(named))
+        if path.is_dir():
+            path /= LIBRARY
+        if not path.is_file():
+            raise IncompatibleArtifactError(
+                f"{VARIABLE} names {named!r}, where there is no {LIBRARY}"
+            )
+        return path, None
+    if (beside / LIBRARY).is_file():
+        return beside / LIBRARY, None
+    distribution = _distribution()
+    if distribution is not None:
+        path = Path(str(distribution.locate_file(f"tvm/lib/{LIBRARY}")))
+        if path.is_file():
+            return path, distribution.version
+    raise IncompatibleArtifactError(
+        f"TVM's runtime library, {LIBRARY}, is not found: {VARIABLE} is not set, there is none in "
+        f"{beside}, and apache-tvm is not installed here; copy it from tvm/lib of the apache-tvm "
+        f"0.27 wheel to the model's directory, or set {VARIABLE} to its path"
+    )
+
+
+def _distribution() -> importlib.metadata.Distribution | None:
+    # Metadata, since `import tvm` takes seconds and loads the compiler.
+    try:
+        return importlib.metadata.distribution("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def load_module(path: Path) -> Any:
+    """Load a compiled library, also where another file was loaded from the same path before.
+
+    The dynamic loader knows libraries by the path they were asked for, so it would hand out the old
+    file after a new one has replaced it. A path that is spelled differently is looked up anew; the
+    loader still recognises a file that is the same.
+    """
+    status = os.stat(path)
+    identity = (status.st_dev, status.st_ino)
+    with _lock:
+        spellings = _spellings.setdefault(path, [])
+        if identity not in spellings:
+            spellings.append(identity)
+        dots = "./" * spellings.index(identity)
+    # ModuleGlobalsAdd would keep a model's weights for the life of the process.
+    return tvm_ffi.load_module(f"{path.parent}/{dots}{path.name}", keep_module_alive=False)
+
+
+_spellings: dict[Path, list[tuple[int, int]]] = {}

@@ -1,0 +1,245 @@
+"""Loading: what it needs, what it refuses, and that nothing malformed reaches the loader."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mega_tvm
+from mega_tvm import load
+from mega_tvm.artifact import write_artifact
+from mega_tvm.errors import DamagedArtifactError, IncompatibleArtifactError
+from mega_tvm.runtime import _request_amx
+from tests.runtime.builders import BIAS, MANIFEST, build_executable, join, split
+
+RUN = """
+model = mega_tvm.load(sys.argv[1])
+y = model(np.ones((1, 4, 16), np.float32))
+print(y.tolist() == [[4.0 + i for i in range(16)]])
+print(sorted({"torch", "tvm"} & set(sys.modules)))
+"""
+
+
+def test_needs_neither_compilers_nor_path(artifact, run_python):
+    assert run_python(RUN, artifact).split() == ["True", "[]"]
+
+
+@pytest.mark.parametrize("where", ["directory", "file", "beside", "distribution"])
+def test_the_runtime_library_is_found(artifact, run_python, tmp_path, where):
+    file = Path(importlib.metadata.distribution("apache-tvm").locate_file("tvm/lib"))
+    file /= "libtvm_runtime.so"
+    path = artifact
+    variable = {"directory": str(file.parent), "file": str(file)}.get(where, "")
+    if where == "beside":
+        path = Path(shutil.copy(artifact, tmp_path))
+        file = Path(shutil.copy(file, tmp_path))
+    script = """
+with open("/proc/self/maps") as maps:
+    print({line.split(maxsplit=5)[5].strip() for line in maps if "libtvm_runtime" in line})
+"""
+    out = run_python(RUN + script, path, env={"MEGA_TVM_RUNTIME": variable})
+    assert out.splitlines() == ["True", "[]", str({str(file)})]
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("/no/such/place", "MEGA_TVM_RUNTIME names '/no/such/place'"),
+        ("text.so", "cannot be loaded"),
+        ("libc.so.6", "not the runtime library of TVM 0.27"),
+        ("", "MEGA_TVM_RUNTIME is not set"),
+    ],
+    ids=["missing", "no library", "another library", "none"],
+)
+def test_an_unusable_runtime_library_is_refused(artifact, run_python, tmp_path, variable, words):
+    (tmp_path / "text.so").write_text("text")
+    if variable == "text.so":
+        variable = str(tmp_path / variable)
+    if variable == "libc.so.6":
+        variable = str(next(Path("/lib").rglob("libc.so.6")))
+    script = """
+import importlib.metadata, mega_tvm.runtime_library
+def nothing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.distribution = nothing
+try:
+    mega_tvm.load(sys.argv[1])
+except mega_tvm.runtime.IncompatibleArtifactError as error:
+    print(error)
+"""
+    assert words in run_python(script, artifact, env={"MEGA_TVM_RUNTIME": variable})
+
+
+def test_tvm_can_be_imported_after_loading(artifact, run_python):
+    script = "import mega_tvm, numpy as np, sys" + RUN + "import tvm; print(tvm.__version__)"
+    out = run_python(script, artifact, env={"MEGA_TVM_RUNTIME": ""}, prelude="")
+    assert out.split()[0] == "True"
+    assert out.split()[-1].startswith("0.27")
+
+
+def test_import_of_the_package_is_light(run_python):
+    script = """
+print([m for m in ("torch", "tvm", "tvm_ffi", "reference") if m in sys.modules])
+mega_tvm.load, mega_tvm.MegaConfig
+print([m for m in ("torch", "tvm", "reference.torch_mega") if m in sys.modules])
+"""
+    assert run_python(script).splitlines() == ["[]", "[]"]
+
+
+def test_version_is_the_project_s():
+    project = Path(mega_tvm.__file__).parents[1] / "pyproject.toml"
+    assert f'\nversion = "{mega_tvm.__version__}"\n' in project.read_text()
+
+
+def test_metadata_and_entries(artifact, model):
+    assert model.metadata["target"]["name"] == "x86-64-v3"
+    assert [entry.name for entry in model.entries] == ["main", "main_b2", "long"]
+    assert model.entries[1].input_shape == (2, 4, 16)
+    assert model.entries[1].output_shape == (2, 16)
+    assert model.num_threads == 1
+    assert str(artifact) in repr(model)
+    model.warmup()
+
+
+def test_missing_cpu_features_are_named(edited):
+    features = ["avx2", "avx1024", "fma", "warp_drive"]
+    path = edited(lambda m: m["target"].update(cpu_features=features))
+    with pytest.raises(IncompatibleArtifactError, match=r"lacks avx1024, warp_drive; compile"):
+        load(path)
+
+
+def test_amx_tiles_are_granted_or_refused_with_a_reason():
+    try:
+        _request_amx("model.so")
+    except IncompatibleArtifactError as error:
+        assert "model.so: uses AMX tiles, which this kernel does not grant (" in str(error)
+    else:
+        assert "amx_tile" in Path("/proc/cpuinfo").read_text()
+
+
+@pytest.mark.parametrize("package", ["tvm", "tvm_ffi"])
+def test_other_versions_are_refused(edited, package):
+    path = edited(lambda m: m["versions"].update({package: "0.99.1"}))
+    name = f"apache-{package}".replace("_", "-")
+    with pytest.raises(IncompatibleArtifactError, match=rf"compiled with {name} 0\.99\.1, found"):
+        load(path)
+
+
+def test_patch_releases_are_accepted(edited):
+    def change(manifest):
+        for package in ("tvm", "tvm_ffi"):
+            major, minor, *_ = manifest["versions"][package].split(".")
+            manifest["versions"][package] = f"{major}.{minor}.99"
+
+    load(edited(change))
+
+
+def test_a_missing_entry_is_named(edited):
+    path = edited(lambda m: m["entries"][0].update(name="nope"))
+    with pytest.raises(DamagedArtifactError, match=r"an entry 'nope', which the library does not"):
+        load(path)
+
+
+def test_an_output_that_the_manifest_does_not_announce_is_refused(edited):
+    model = load(edited(lambda m: m["entries"][0]["output"].update(shape=[1, 17])))
+    with pytest.raises(DamagedArtifactError, match=r"returned float32 \[1, 16\]"):
+        model(np.zeros((1, 4, 16), np.float32))
+
+
+def test_a_library_without_a_virtual_machine(edited, artifact):
+    # The code of another kind of library, under a manifest that vouches for it.
+    other = next(Path("/lib").rglob("libm.so.6")).read_bytes()
+    _, manifest = split(artifact)
+    manifest["library"] = {"sha256": hashlib.sha256(other).hexdigest(), "bytes": len(other)}
+    path = edited(lambda m: None)
+    path.write_bytes(join(other, json.dumps(manifest).encode()))
+    with pytest.raises(IncompatibleArtifactError, match=r"cannot load it: .*vm_load_executable"):
+        load(path)
+
+
+def test_a_replaced_file_is_loaded_anew(artifact, tmp_path):
+    path = Path(shutil.copy(artifact, tmp_path / "model.so"))
+    x = np.zeros((1, 4, 16), np.float32)
+    first = load(path)
+    other = build_executable(BIAS + 100)
+    assert write_artifact(other, MANIFEST, path) == path
+    second, again = load(path), load(path)
+    np.testing.assert_array_equal(first(x), [BIAS])
+    np.testing.assert_array_equal(second(x), [BIAS + 100])
+    np.testing.assert_array_equal(again(x), [BIAS + 100])
+
+
+FUZZ = """
+import random, collections, json, struct, hashlib, copy, pathlib
+from mega_tvm.errors import ArtifactError
+rng = random.Random(7)
+source, target = map(pathlib.Path, sys.argv[1:])
+data = source.read_bytes()
+length = struct.unpack("<Q", data[-16:-8])[0]
+library, manifest = data[:-48 - length], json.loads(data[-48 - length:-48])
+
+def bytes_changed():
+    mutant = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        near_end = rng.random() < 0.5
+        at = rng.randrange(min(len(library) * near_end, len(mutant) - 1), len(mutant))
+        kind = rng.randrange(3)
+        if kind == 0:
+            mutant[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            mutant[at:at + rng.randrange(1, 64)] = rng.randbytes(rng.randrange(64))
+        else:
+            del mutant[at:at + rng.randrange(1, 5000)]
+    return bytes(mutant)
+
+VALUES = [None, True, 0, 1, -1, 2**70, 1.5, "", "x", [], {}, [1], [[1]], {"a": 1}, "\\ud800", "\\0"]
+
+def manifest_changed():
+    mutant = copy.deepcopy(manifest)
+    for _ in range(rng.choice([1, 2])):
+        node = mutant
+        while True:
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            key = rng.choice(keys) if keys else None
+            inner = node[key] if keys else None
+            if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.3:
+                break
+            node = inner
+        if keys:
+            if rng.random() < 0.3:
+                del node[key]
+            else:
+                node[key] = rng.choice(VALUES)
+    text = json.dumps(mutant).encode()
+    digest = hashlib.sha256(text).digest()
+    return library + text + struct.pack("<32sQ8s", digest, len(text), b"MEGATVM1")
+
+outcomes = collections.Counter()
+for make, count in ((bytes_changed, 400), (manifest_changed, 400)):
+    for i in range(count):
+        mutant = make()
+        target.write_bytes(mutant)
+        try:
+            mega_tvm.load(target)
+        except ArtifactError as error:
+            assert str(target) in str(error) and len(str(error)) < 1000, error
+            outcomes[make.__name__, "refused"] += 1
+        else:
+            assert make is manifest_changed or mutant == data
+            outcomes[make.__name__, "loaded"] += 1
+print(dict(outcomes))
+"""
+
+
+def test_fuzzed_files_are_refused_or_load(artifact, run_python, tmp_path):
+    out = eval(run_python(FUZZ, artifact, tmp_path / "mutant.so"))
+    assert out["bytes_changed", "refused"] >= 395
+    assert out["manifest_changed", "refused"] > 200
+    # Some fields do not matter to loading, so the test would notice a check that refuses all.
+    assert out["manifest_changed", "loaded"] > 10
