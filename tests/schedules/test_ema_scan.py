@@ -1,0 +1,53 @@
+"""The ema_scan kernel: parity at odd sizes, and the two ends of the decay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mega_tvm.tolerances import assert_parity
+from schedules.ema_scan.naive import EmaScanSpec, ema_scan
+from tests.schedules.cases import ema_case, sized
+from tests.schedules.harness import run_naive, run_scheduled
+
+
+def _check(rng, target, spec: EmaScanSpec, run=run_scheduled, **decisions: int) -> None:
+    case = ema_case(rng, spec)
+    h = run(case.func, target, case.inputs, case.expected.shape, **decisions)
+    assert_parity(h, case.expected, name=spec.name)
+
+
+@sized(
+    "B T D",
+    [
+        (1, 1, 1),
+        (1, 7, 3),
+        (3, 7, 40),
+        (2, 59, 16),
+        (1, 59, 100),
+        (2, 257, 13),
+        (1, 257, 257),
+        (3, 257, 100),  # parallel
+    ],
+)
+def test_parity(rng, target, B, T, D) -> None:
+    _check(rng, target, EmaScanSpec(B, T, D))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("D", [13, 100], ids="D{}".format)
+def test_any_decisions(rng, target, D, group) -> None:
+    _check(rng, target, EmaScanSpec(2, 59, D), group=group)
+
+
+def test_decay_zero_and_one(rng, target) -> None:
+    """0 copies the input; 1 sums it up."""
+    p = rng.integers(-8, 8, (2, 59, 2)).astype(np.float32)  # sums are exact
+    decay = np.float32([0, 1])
+    h = run_scheduled(ema_scan(EmaScanSpec(2, 59, 2)), target, (p, decay), p.shape)
+    np.testing.assert_array_equal(h[..., 0], p[..., 0])
+    np.testing.assert_array_equal(h[..., 1], p[..., 1].cumsum(axis=1))
+
+
+def test_naive_is_the_definition(rng, baseline) -> None:
+    _check(rng, baseline, EmaScanSpec(2, 5, 3), run=run_naive)

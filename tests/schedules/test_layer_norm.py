@@ -1,0 +1,83 @@
+"""The layer_norm kernel: parity at odd widths, and where float32 is fragile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mega_tvm.tolerances import assert_parity
+from schedules.layer_norm.naive import LayerNormSpec
+from tests.schedules.cases import layer_norm_case
+from tests.schedules.harness import run_naive, run_scheduled
+
+EPS = 1e-5
+FORMS = pytest.mark.parametrize(
+    "form",
+    [{}, {"affine": False}, {"clamp_variance": True}],
+    ids=["affine", "plain", "clamped"],
+)
+
+
+def _rows(rng, lead: tuple, n: int) -> np.ndarray:
+    return rng.standard_normal((*lead, n), dtype=np.float32)
+
+
+def _check(rng, target, x, form, run=run_scheduled, **decisions: int) -> np.ndarray:
+    spec = LayerNormSpec(x.shape[:-1], x.shape[-1], EPS, **form)
+    case = layer_norm_case(spec, x, rng)
+    y = run(case.func, target, case.inputs, x.shape, **decisions)
+    assert_parity(y, case.expected, name=spec.name, condition=case.condition)
+    return y
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("lead", "n"),
+    [
+        ((1,), 1),
+        ((1, 59), 40),
+        ((2, 3), 13),
+        ((2, 1, 7), 257),
+        ((1, 600), 256),  # parallel
+    ],
+    ids=lambda v: "M" + "x".join(map(str, v)) if isinstance(v, tuple) else f"N{v}",
+)
+def test_parity(rng, target, lead, n, form) -> None:
+    _check(rng, target, _rows(rng, lead, n), form)
+
+
+@FORMS
+def test_variance_around_eps(rng, target, form) -> None:
+    """Rows whose variance lies below, near and above eps: the two forms part there."""
+    x = _rows(rng, (1, 7), 100)
+    x *= np.float32([1e-6, 1e-4, 1e-3, 3e-3, 3.3e-3, 1e-2, 1])[:, None]
+    _check(rng, target, x, form)
+
+
+@FORMS
+def test_constant_rows_give_zero(rng, target, form) -> None:
+    """Powers of two: their mean is exact, so the deviation is 0 and beta comes out."""
+    x = np.repeat(np.float32([0, 1, -4096])[:, None], 64, axis=1)
+    spec = LayerNormSpec((3,), 64, EPS, **form)
+    case = layer_norm_case(spec, x, rng)
+    y = run_scheduled(case.func, target, case.inputs, x.shape)
+    np.testing.assert_array_equal(y, case.expected.astype(np.float32))
+
+
+@FORMS
+def test_large_mean(rng, target, form) -> None:
+    """Mean 1e4, deviation 1: E[x^2] - E[x]^2 in float32 would have no correct digit."""
+    y = _check(rng, target, _rows(rng, (1, 7), 100) + np.float32(1e4), form)
+    assert np.abs(y).max() > 1
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [100, 300], ids="N{}".format)
+def test_any_decisions(rng, target, n, unroll) -> None:
+    _check(rng, target, _rows(rng, (2, 7), n), {}, unroll=unroll)
+
+
+@FORMS
+def test_naive_is_the_definition(rng, baseline, form) -> None:
+    x = _rows(rng, (2, 3), 5) * np.float32([[[1e-3], [1], [30]]])
+    _check(rng, baseline, x, form, run=run_naive)
