@@ -1,4 +1,4 @@
-"""Writes a compiled model: library, manifest and footer in one file, the manifest beside it again.
+"""Writes a compiled model: all in one file, and its manifest beside it again.
 
 The file's format is in `mega_tvm.artifact_format`. Both files are made in a temporary directory
 inside the destination's, so that publishing them is two renames within one file system.
@@ -7,17 +7,20 @@ inside the destination's, so that publishing them is two renames within one file
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import tvm
 import tvm_ffi
 
@@ -29,7 +32,7 @@ from mega_tvm.artifact_format import (
     library_digest,
 )
 from mega_tvm.errors import CompileError
-from mega_tvm.quiet import without_saving_noise
+from mega_tvm.manifest_schema import round_up
 
 
 class Exportable(Protocol):
@@ -40,7 +43,10 @@ class Exportable(Protocol):
 
 
 def write_artifact(
-    executable: Exportable, manifest: Mapping[str, Any], path: str | os.PathLike[str]
+    executable: Exportable,
+    manifest: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    tensors: Sequence[npt.NDArray[Any]] = (),
 ) -> Path:
     """Write a compiled model, and its manifest beside it.
 
@@ -51,12 +57,15 @@ def write_artifact(
     Parameters
     ----------
     executable : tvm.relax.VMExecutable
-        Its functions are the manifest's entries.
+        Its functions are the manifest's entries: ``(x, tensors)``, or ``(x)`` if there are none.
+        It should have no constant tensors: TVM would print a line for each, here and when loading.
     manifest : mapping
         ``target``, ``dtype``, ``entries``, ``config``, ``weights``, ``kernels`` and ``parity``;
-        ``format_version``, ``library`` and ``versions`` are added here.
+        ``format_version``, ``library``, ``tensors`` and ``versions`` are added here.
     path : path-like
         A name that ends in ``.so``, in an existing directory; a file there is replaced.
+    tensors : sequence of array
+        What the functions take as their second argument, a tuple.
 
     Returns
     -------
@@ -68,26 +77,27 @@ def write_artifact(
     CompileError
         If the path is unsuitable or cannot be written, or linking fails.
     ArtifactError
-        If a field of the manifest is missing or of the wrong type.
+        If a field of the manifest is missing or of the wrong type, or a tensor is empty or of a
+        type that the format lacks.
     """
     path = Path(os.path.abspath(path))
     _check_destination(path)
     _check_linker()
+    table = _describe(tensors)
     # What is wrong with the manifest is told before linking, with a library's fields made up.
-    encode_manifest(_complete(manifest, "0" * 64, 1))
+    encode_manifest(_complete(manifest, "0" * 64, 1, table))
     aside_json = path.with_suffix(".json")
     with _sigterm_raises(), _directory_beside(path) as directory:
         library, sidecar = directory / "model.so", directory / "model.json"
         try:
-            with without_saving_noise():
-                executable.export_library(str(library))
+            executable.export_library(str(library))
         except RuntimeError as error:
             raise CompileError(f"{path}: the library cannot be linked: {error}") from error
         try:
             with library.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                complete = _complete(manifest, library_digest(file, size), size)
-            append_trailer(library, complete)
+                complete = _complete(manifest, library_digest(file, size), size, table)
+            append_trailer(library, complete, _pieces(tensors))
             text = json.dumps(complete, ensure_ascii=False, allow_nan=False, indent=2)
             sidecar.write_text(text + "\n", encoding="utf-8")
             _publish(library, path, sidecar, aside_json)
@@ -122,12 +132,38 @@ def _check_linker() -> None:
         )
 
 
-def _complete(manifest: Mapping[str, Any], digest: str, size: int) -> dict[str, Any]:
+def _describe(tensors: Sequence[npt.NDArray[Any]]) -> dict[str, Any]:
+    """Return the manifest's field about tensors, but for their offset in the file."""
+    digest, end = hashlib.sha256(), 0
+    for piece in _pieces(tensors):
+        digest.update(piece)
+    items = []
+    for tensor in tensors:
+        offset = round_up(end)
+        end = offset + tensor.nbytes
+        items.append({"offset": offset, "shape": list(tensor.shape), "dtype": tensor.dtype.name})
+    return {"bytes": end, "sha256": digest.hexdigest(), "items": items}
+
+
+def _pieces(tensors: Sequence[npt.NDArray[Any]]) -> Iterator[memoryview]:
+    """Yield the bytes of all tensors, with the zeros between."""
+    end = 0
+    for tensor in tensors:
+        yield memoryview(bytes(round_up(end) - end))
+        native = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
+        yield native.reshape(-1).view(np.uint8).data
+        end = round_up(end) + tensor.nbytes
+
+
+def _complete(
+    manifest: Mapping[str, Any], digest: str, size: int, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     llvm = tvm.target.codegen.llvm_version_major(allow_none=True)
     return {
         **manifest,
         "format_version": FORMAT_VERSION,
         "library": {"sha256": digest, "bytes": size},
+        "tensors": {"offset": round_up(size), **tensors},
         "versions": {
             "mega_tvm": mega_tvm.__version__,
             "tvm": tvm.__version__,

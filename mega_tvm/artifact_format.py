@@ -2,7 +2,9 @@
 
 A compiled model is one file::
 
-    ELF shared library            what the linker wrote; ends where the manifest starts
+    ELF shared library            what the linker wrote
+    padding                       zeros, to a multiple of 64 bytes
+    tensors                       what the library's functions take as their second argument
     manifest                      JSON, UTF-8
     footer, 48 bytes:
         sha256                    32 bytes, of the manifest's bytes
@@ -10,8 +12,13 @@ A compiled model is one file::
         magic                     8 bytes, b"MEGATVM1"
 
 The dynamic loader ignores what follows the ELF image, so the file loads as it is. The footer holds
-the manifest to its digest, and the manifest holds the library to its own (``library.sha256``), so
-that every byte is covered before any code of the file runs.
+the manifest to its digest, and the manifest holds the library and the tensors to theirs
+(``library.sha256``, ``tensors.sha256``), so that every byte is covered before any code of the file
+runs.
+
+Tensors are C-ordered and little-endian. Each starts at the first multiple of 64 at or after the end
+of the one before it, and zeros are between; ``tensors.items`` lists their offsets from
+``tensors.offset``, shapes and types.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 from mega_tvm.errors import (
@@ -30,7 +37,7 @@ from mega_tvm.errors import (
     IncompatibleArtifactError,
     NotAnArtifactError,
 )
-from mega_tvm.manifest_schema import manifest_problem
+from mega_tvm.manifest_schema import manifest_problem, round_up
 
 FORMAT_VERSION = 1
 MAGIC = b"MEGATVM1"
@@ -61,14 +68,18 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
         raise ArtifactError(f"manifest: cannot be written as JSON: {error}") from error
 
 
-def append_trailer(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
-    """Append a manifest and its footer to a library.
+def append_trailer(
+    path: str | os.PathLike[str], manifest: Mapping[str, Any], tensors: Iterable[memoryview] = ()
+) -> None:
+    """Append tensors, a manifest and its footer to a library.
 
     Parameters
     ----------
     path : path-like
         A library without a trailer; synchronised to disk when this returns.
     manifest : mapping
+    tensors : iterable of memoryview
+        The bytes that ``manifest["tensors"]`` describes, in pieces.
 
     Raises
     ------
@@ -77,6 +88,9 @@ def append_trailer(path: str | os.PathLike[str], manifest: Mapping[str, Any]) ->
     """
     text = encode_manifest(manifest)
     with open(path, "ab") as file:
+        file.write(bytes(round_up(file.tell()) - file.tell()))
+        for piece in tensors:
+            file.write(piece)
         file.write(text + _FOOTER.pack(hashlib.sha256(text).digest(), len(text), MAGIC))
         file.flush()
         os.fsync(file.fileno())
@@ -103,7 +117,7 @@ def open_artifact(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check the manifest of a compiled model; the library itself is not read.
+    """Read and check the manifest of a compiled model; library and tensors are not read.
 
     Parameters
     ----------
@@ -135,7 +149,8 @@ def read_manifest_from(file: BinaryIO, name: str) -> dict[str, Any]:
         file.seek(max(0, size - _FOOTER.size))
         footer = file.read(_FOOTER.size)
         length = _check_footer(name, size, head, footer)
-        file.seek(size - _FOOTER.size - length)
+        end = size - _FOOTER.size - length
+        file.seek(end)
         text = file.read(length)
     except OSError as error:
         raise NotAnArtifactError(f"{name}: cannot be read: {error}") from error
@@ -146,17 +161,17 @@ def read_manifest_from(file: BinaryIO, name: str) -> dict[str, Any]:
         )
     manifest = _parse(name, text)
     _check_elf_header(name, head)
-    found = size - _FOOTER.size - length
-    if manifest["library"]["bytes"] != found:
+    expected = manifest["tensors"]["offset"] + manifest["tensors"]["bytes"]
+    if expected != end:
         raise DamagedArtifactError(
-            f"{name}: expected a library of {manifest['library']['bytes']} bytes, "
-            f"found {found}; copy the file again, or {_RECOMPILE}"
+            f"{name}: expected a library and tensors of {expected} bytes, "
+            f"found {end}; copy the file again, or {_RECOMPILE}"
         )
     return manifest
 
 
 def check_library(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> None:
-    """Check the library's bytes against the manifest's digest.
+    """Check the library's bytes against the manifest's digest, and the padding behind them.
 
     Raises
     ------
@@ -168,6 +183,41 @@ def check_library(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Non
     if found != expected:
         raise DamagedArtifactError(
             f"{name}: expected a library with sha256 {expected}, found {found}; "
+            f"copy the file again, or {_RECOMPILE}"
+        )
+    padding = file.read(manifest["tensors"]["offset"] - manifest["library"]["bytes"])
+    if any(padding):
+        raise DamagedArtifactError(
+            f"{name}: expected zeros between library and tensors, found {padding!r}; "
+            f"copy the file again, or {_RECOMPILE}"
+        )
+
+
+def read_tensors(
+    file: BinaryIO, name: str, manifest: Mapping[str, Any], memory: memoryview
+) -> None:
+    """Read the tensors, and check what was read against the manifest's digest.
+
+    Parameters
+    ----------
+    file : binary file
+    name : str
+    manifest : mapping
+    memory : memoryview
+        Writable bytes, as many as ``manifest["tensors"]["bytes"]``.
+
+    Raises
+    ------
+    DamagedArtifactError
+        If they differ.
+    """
+    expected = manifest["tensors"]["sha256"]
+    file.seek(manifest["tensors"]["offset"])
+    count = file.readinto(memory)  # type: ignore[attr-defined]
+    found = hashlib.sha256(memory[:count]).hexdigest()
+    if found != expected:
+        raise DamagedArtifactError(
+            f"{name}: expected tensors with sha256 {expected}, found {found}; "
             f"copy the file again, or {_RECOMPILE}"
         )
 

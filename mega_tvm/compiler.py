@@ -117,7 +117,7 @@ def compile_model(
         "parity": _parity(compiled, source, cpu_target, shapes, dtype),
     }
     on_phase("link")
-    return write_artifact(compiled.executable, manifest, output)
+    return write_artifact(compiled.executable, manifest, output, compiled.tensors)
 
 
 def _shapes(
@@ -201,7 +201,7 @@ def _parity(
             found["entries"][name] = {"checked": False, "reason": "long; run mega_tvm.verify"}
             continue
         x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        actual = machine[name](tvm.runtime.tensor(x)).numpy()
+        actual = machine[name](tvm.runtime.tensor(x), *compiled.arguments()).numpy()
         parity = compare(actual, oracle(x), dtype)
         if not parity.ok:
             raise CompileError(

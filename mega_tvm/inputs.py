@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mega_tvm.errors import InputError
+from mega_tvm.manifest_schema import ALIGNMENT
 
-# Compiled kernels load whole vectors from aligned addresses: another address ends the process.
-ALIGNMENT = 64
 CPU = 1  # kDLCPU
 
 

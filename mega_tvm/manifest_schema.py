@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from typing import Any
+
+# Tensors lie at multiples of it, in the file and in memory, since kernels read whole vectors.
+ALIGNMENT = 64
+
+# Bytes of an element, by NumPy's name of the type.
+ITEM_SIZES = {
+    "bool": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+}
+_MAX_DIMENSIONS = 32  # NumPy 1's
 
 
 class Field:
@@ -19,6 +41,8 @@ class Field:
         Fields that an object must have; others are allowed.
     pattern : str, optional
         A regular expression that a string must match as a whole.
+    least : int
+        The least value of an integer.
     """
 
     def __init__(
@@ -27,19 +51,21 @@ class Field:
         items: Field | None = None,
         fields: Mapping[str, Field] | None = None,
         pattern: str | None = None,
+        least: int = 1,
     ) -> None:
         self.types = types
         self.items = items
         self.fields = fields
         self.pattern = pattern
+        self.least = least
 
     def problem(self, value: object, where: str) -> str | None:
         """Return what is wrong with a value, or None."""
         if type(value) not in self.types:  # exact: True is not an int here
             wanted = " or ".join(_JSON_NAMES[t] for t in self.types)
             return f"{where} must be {wanted}, found {_shorten(value)}"
-        if isinstance(value, int) and value < 1:
-            return f"{where} must be positive, found {value}"
+        if isinstance(value, int) and value < self.least:
+            return f"{where} must be at least {self.least}, found {_shorten(value)}"
         if isinstance(value, str) and self.pattern and not re.fullmatch(self.pattern, value):
             return f"{where} must match {self.pattern}, found {_shorten(value)}"
         if isinstance(value, list) and self.items:
@@ -64,9 +90,10 @@ _JSON_NAMES = {
     type(None): "null",
 }
 _NULL = type(None)
+_SHA256 = Field(str, pattern="[0-9a-f]{64}")
 _STRINGS = Field(list, items=Field(str))
 # Inputs and outputs are float32 whatever the kernels compute in.
-_TENSOR = Field(
+_ARRAY = Field(
     dict, fields={"shape": Field(list, items=Field(int)), "dtype": Field(str, pattern="float32")}
 )
 _ENTRY = Field(
@@ -75,16 +102,31 @@ _ENTRY = Field(
         "name": Field(str, pattern=r".+"),
         "batch": Field(int, _NULL),
         "seq_len": Field(int, _NULL),
-        "input": _TENSOR,
-        "output": _TENSOR,
+        "input": _ARRAY,
+        "output": _ARRAY,
+    },
+)
+_TENSOR = Field(
+    dict,
+    fields={
+        "offset": Field(int, least=0),
+        "shape": Field(list, items=Field(int)),
+        "dtype": Field(str, pattern="|".join(ITEM_SIZES)),
     },
 )
 _MANIFEST = Field(
     dict,
     fields={
         "format_version": Field(int),
-        "library": Field(
-            dict, fields={"sha256": Field(str, pattern="[0-9a-f]{64}"), "bytes": Field(int)}
+        "library": Field(dict, fields={"sha256": _SHA256, "bytes": Field(int)}),
+        "tensors": Field(
+            dict,
+            fields={
+                "offset": Field(int),
+                "bytes": Field(int, least=0),
+                "sha256": _SHA256,
+                "items": Field(list, items=_TENSOR),
+            },
         ),
         "versions": Field(
             dict,
@@ -126,6 +168,30 @@ def manifest_problem(manifest: object) -> str | None:
     shapes = [tuple(entry["input"]["shape"]) for entry in entries]
     if twice := [shape for shape in shapes if shapes.count(shape) > 1]:
         return f"entries must have different input shapes, found {twice[0]} twice"
+    return _layout_problem(manifest["library"]["bytes"], manifest["tensors"])
+
+
+def round_up(offset: int) -> int:
+    """Return the first place for a tensor at or after an offset."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _layout_problem(library_bytes: int, tensors: Mapping[str, Any]) -> str | None:
+    """Return where tensors are elsewhere than one after the other behind the library."""
+    if tensors["offset"] != (expected := round_up(library_bytes)):
+        return f"tensors.offset must be {expected}, found {_shorten(tensors['offset'])}"
+    end = 0
+    for i, item in enumerate(tensors["items"]):
+        where, shape = f"tensors.items[{i}]", item["shape"]
+        if item["offset"] != (expected := round_up(end)):
+            return f"{where}.offset must be {expected}, found {_shorten(item['offset'])}"
+        if len(shape) > _MAX_DIMENSIONS:
+            return f"{where}.shape must have at most {_MAX_DIMENSIONS} items, found {len(shape)}"
+        end = item["offset"] + math.prod(shape) * ITEM_SIZES[item["dtype"]]
+        if end > tensors["bytes"]:
+            return f"{where} must end within the {tensors['bytes']} bytes of all tensors"
+    if end != tensors["bytes"]:
+        return f"tensors.bytes must be {end}, found {_shorten(tensors['bytes'])}"
     return None
 
 

@@ -3,7 +3,7 @@
 1. graph     prune to the last timestep, fold, merge (`mega_tvm.passes`)
 2. kernels   legalize to TensorIR: Mega's operators to their naive PrimFuncs, all others by TVM
 3. schedule  a schedule for every PrimFunc; nothing stays as it was written
-4. pack      weights into the layouts that the schedules want
+4. pack      weights into the layouts that the schedules want, and out of the module
 5. lower     Relax VM bytecode and LLVM code
 
 Packing stands behind scheduling, since a schedule's decisions choose the layout.
@@ -15,14 +15,14 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import tvm
 from tvm import relax, tirx
 from tvm.ir import Op
-from tvm.ir.expr import GenericConst
 
 from schedules.common.kernel import ScheduledKernel
 from schedules.common.spec import SPEC_ATTR
@@ -31,8 +31,8 @@ from schedules.registry import hand_schedule, kernel_op
 
 from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE
+from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
-from .passes.rewrite import to_constant
 from .targets import CpuTarget
 
 PHASES = ("graph", "kernels", "schedule", "pack", "lower")
@@ -46,6 +46,9 @@ class Compiled:
     Parameters
     ----------
     executable : relax.VMExecutable
+        Each entry is a function ``(x, tensors)``.
+    tensors : list of array
+        What every entry takes as its second argument, a tuple.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries).
@@ -54,8 +57,15 @@ class Compiled:
     """
 
     executable: Any
+    tensors: list[npt.NDArray[Any]]
     kernels: list[dict[str, Any]]
     seconds: dict[str, float]
+
+    def arguments(self) -> list[Any]:
+        """Return what an entry takes after its input: a tuple of the tensors, if there are any."""
+        if not self.tensors:
+            return []
+        return [tvm.runtime.convert([tvm.runtime.tensor(array) for array in self.tensors])]
 
 
 def run_pipeline(
@@ -96,8 +106,9 @@ def run_pipeline(
         start = time.perf_counter()
         result = run()
         seconds[name] = time.perf_counter() - start
-        if debug_dump is not None and isinstance(result, tvm.IRModule):
-            _dump(result, debug_dump / f"{PHASES.index(name) + 1}_{name}.py")
+        module = result[0] if isinstance(result, tuple) else result
+        if debug_dump is not None and isinstance(module, tvm.IRModule):
+            _dump(module, debug_dump / f"{PHASES.index(name) + 1}_{name}.py")
         return result
 
     if debug_dump is not None:
@@ -108,12 +119,12 @@ def run_pipeline(
         scheduled: dict[str, ScheduledKernel] = {}
         mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled))
         kernels = _describe_kernels(mod)
-        mod = phase("pack", lambda: pack_phase(mod, scheduled))
+        mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         (debug_dump / "5_lower.s").write_text(assembly, encoding="utf-8")
-    return Compiled(executable, kernels, seconds)
+    return Compiled(executable, tensors, kernels, seconds)
 
 
 def check_pass_names(names: Collection[str]) -> None:
@@ -181,37 +192,6 @@ def schedule_phase(
             new = kernel.func.with_attr({**marks, SCHEDULE_ATTR: "hand"})
         mod.update_func(gvar, new)
     return mod
-
-
-def pack_phase(mod: tvm.IRModule, scheduled: Mapping[str, ScheduledKernel]) -> tvm.IRModule:
-    """Replace each constant argument by the layout that its kernel's schedule wants."""
-    # A packed kernel has another signature, and a GlobalVar carries its function's type: kernels
-    # are added anew, calls pointed at them.
-    builder = relax.BlockBuilder()
-    renewed = {
-        gvar.name_hint: builder.add_func(func, gvar.name_hint)
-        for gvar, func in mod.functions_items()
-        if isinstance(func, tirx.PrimFunc)
-    }
-
-    @relax.expr_functor.mutator
-    class Packer(relax.expr_functor.PyExprMutator):  # type: ignore[misc]
-        def visit_call_(self, call: relax.Call) -> relax.Expr:
-            if call.op != Op.get("relax.call_tir"):
-                return super().visit_call_(call)
-            name, fields = call.args[0].name_hint, list(call.args[1].fields)
-            for index, pack in scheduled[name].pack.items() if name in scheduled else ():
-                if not isinstance(fields[index], GenericConst):
-                    raise CompileError(f"kernel {name}: argument {index} must be constant weights")
-                fields[index] = to_constant(pack(fields[index].value.numpy()))
-            args = [renewed[name], relax.Tuple([self.visit_expr(field) for field in fields])]
-            return relax.Call(call.op, args, call.attrs, call.ty_args)
-
-    packer = Packer(mod)
-    for gvar, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            builder.add_func(packer.visit_expr(func), gvar.name_hint)
-    return builder.get()
 
 
 def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:

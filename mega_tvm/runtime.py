@@ -23,7 +23,6 @@ import tvm_ffi
 from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
 from mega_tvm.errors import DamagedArtifactError, IncompatibleArtifactError, InputError
 from mega_tvm.inputs import (
-    ALIGNMENT,
     CPU,
     aligned_empty,
     as_array,
@@ -31,12 +30,14 @@ from mega_tvm.inputs import (
     is_aligned,
     non_finite,
 )
+from mega_tvm.manifest_schema import ALIGNMENT
 from mega_tvm.runtime_library import (
     RuntimeLibrary,
     available_cpus,
     load_module,
     runtime_library,
 )
+from mega_tvm.tensor_memory import load_tensors
 
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
@@ -63,14 +64,15 @@ class Model:
     """A loaded model. Make one with `load`.
 
     A model may be called from several threads at once: each has a virtual machine and an input
-    buffer of its own (16 us and one input's size), and all share the weights.
+    buffer of its own (16 us and one input's size), and all share the tensors.
 
     Parameters
     ----------
     path : Path
     manifest : dict
-    new_machine : callable
+    load_executable : callable
         Makes a virtual machine of the library, and keeps it loaded.
+    tensors : tvm_ffi.Array
     library : RuntimeLibrary
     num_threads : int
     """
@@ -79,13 +81,16 @@ class Model:
         self,
         path: Path,
         manifest: dict[str, Any],
-        new_machine: Callable[[], Any],
+        load_executable: Callable[[], Any],
+        tensors: tvm_ffi.Array,
         library: RuntimeLibrary,
         num_threads: int,
     ) -> None:
         self._path = path
         self._manifest = manifest
-        self._new_machine = new_machine
+        self._load_executable = load_executable
+        self._tensors = tensors
+        self._more_arguments = (tensors,) if len(tensors) else ()
         self._library = library
         self._num_threads = num_threads
         self._local = threading.local()
@@ -110,6 +115,11 @@ class Model:
     def num_threads(self) -> int:
         """How many threads a call uses, the caller's included."""
         return self._num_threads
+
+    @property
+    def tensors(self) -> tvm_ffi.Array:
+        """What entry functions take as their second argument; if it is empty, they take none."""
+        return self._tensors
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
@@ -150,15 +160,13 @@ class Model:
             buffer = self._buffer(entry)
             np.copyto(buffer, array)
             array = buffer
-        function = self._functions()[entry.name]
-        self._library.use_threads(self._num_threads)
-        output = np.from_dlpack(function(tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT)))
+        output = np.from_dlpack(self.invoke(self._functions()[entry.name], array))
         if output.shape != entry.output_shape or output.dtype != np.float32:
             raise DamagedArtifactError(
                 f"{self._path}: {entry.name} returned {output.dtype} {list(output.shape)}; its "
                 f"manifest says float32 {list(entry.output_shape)}"
             )
-        # A copy: the library may return its input, a constant, or memory of its pool.
+        # A copy: the library may return its input, one of the tensors, or memory of its pool.
         return np.array(output, dtype=np.float32)
 
     def warmup(self) -> None:
@@ -166,13 +174,40 @@ class Model:
         for entry in self._entries:
             self(np.zeros(entry.input_shape, np.float32))
 
+    def new_machine(self) -> Any:
+        """Return a new virtual machine, whose functions have the entries' names.
+
+        It is for one thread at a time. `Model` has others for its own calls, so this one may be
+        instrumented (``machine["set_instrument"]``) without a trace in them.
+        """
+        machine = self._load_executable()
+        machine["vm_initialization"](CPU, 0, _POOLED)
+        return machine
+
+    def invoke(self, function: Any, x: npt.NDArray[np.float32]) -> Any:
+        """Call a machine's function as a call of the model does.
+
+        Parameters
+        ----------
+        function : tvm_ffi.Function
+            An entry of `new_machine`.
+        x : ndarray
+            float32, of the entry's shape, C-contiguous, writable and aligned to 64 bytes.
+
+        Returns
+        -------
+        tvm_ffi.Tensor
+            Memory of the machine's pool.
+        """
+        self._library.use_threads(self._num_threads)
+        return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *self._more_arguments)
+
     def _functions(self) -> dict[str, Any]:
         """Return the calling thread's functions by name."""
         functions: dict[str, Any] | None = getattr(self._local, "functions", None)
         if functions is None:
             # A virtual machine holds the registers of a running call: one for each thread.
-            machine = self._new_machine()
-            machine["vm_initialization"](CPU, 0, _POOLED)
+            machine = self.new_machine()
             functions = {}
             for entry in self._entries:
                 try:
@@ -238,19 +273,20 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
         _check_cpu(name, manifest)
         _check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
         check_library(file, name, manifest)
+        tensors = load_tensors(file, name, manifest)
         library = runtime_library(path.parent)
         if library.version is not None:
             _check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
         try:
             module = load_module(path)
-            new_machine = module["vm_load_executable"]
+            load_executable = module["vm_load_executable"]
         except Exception as error:  # the loader's, which are RuntimeError and others
             raise IncompatibleArtifactError(
                 f"{name}: the library is whole, but TVM cannot load it: {error}"
             ) from error
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise DamagedArtifactError(f"{name}: was replaced while it was loaded; load it again")
-    return Model(path, manifest, new_machine, library, threads)
+    return Model(path, manifest, load_executable, tensors, library, threads)
 
 
 def _check_num_threads(num_threads: int) -> int:

@@ -194,7 +194,7 @@ def load_module(path: Path) -> Any:
         if identity not in spellings:
             spellings.append(identity)
         dots = "./" * spellings.index(identity)
-    # ModuleGlobalsAdd would keep a model's weights for the life of the process.
+    # ModuleGlobalsAdd would keep the library for the life of the process.
     return tvm_ffi.load_module(f"{path.parent}/{dots}{path.name}", keep_module_alive=False)
 
 

@@ -13,17 +13,23 @@ from tvm import relax, s_tir, te
 
 SHORT, PAIR, LONG = (1, 4, 16), (2, 4, 16), (1, 4096, 64)
 BIAS = np.arange(16, dtype="float32")
+# The second lies behind 60 bytes of padding, and no entry reads it.
+TENSORS = (np.arange(-3, 4, dtype="int8").reshape(7, 1)[:1], BIAS, np.array(2.5))
 
 
-def _column_sums(shape):
+def _column_sums(shape, has_bias):
     """Return y[b, j] = bias[j % 16] + sum over t of x[b, t, j]: parallel over j, 16 lanes each."""
     batch, length, width = shape
     x = te.placeholder(shape, name="x")
     bias = te.placeholder((16,), name="bias")
     t = te.reduce_axis((0, length), name="t")
     total = te.compute((batch, width), lambda b, j: te.sum(x[b, t, j], t), name="total")
-    y = te.compute((batch, width), lambda b, j: total[b, j] + bias[j % 16], name="y")
-    sch = s_tir.Schedule(te.create_prim_func([x, bias, y]))
+    if has_bias:
+        y = te.compute((batch, width), lambda b, j: total[b, j] + bias[j % 16], name="y")
+        sch = s_tir.Schedule(te.create_prim_func([x, bias, y]))
+    else:
+        y = te.compute((batch, width), lambda b, j: total[b, j] + 0, name="y")
+        sch = s_tir.Schedule(te.create_prim_func([x, y]))
     block = sch.get_sblock("y")
     b, j = sch.get_loops(block)
     outer, inner = sch.split(j, [None, 16])
@@ -38,17 +44,22 @@ def _column_sums(shape):
     return sch.mod["main"].without_attr("global_symbol")
 
 
-def build_executable(bias=BIAS):
-    """Compile y[b, j] = bias[j % 16] + sum over t of x[b, t, j] for each shape."""
+def build_executable(tensors=TENSORS):
+    """Compile y[b, j] = bias[j % 16] + sum over t of x[b, t, j] for each shape.
+
+    The bias is the second tensor; without tensors, the sum alone is computed.
+    """
     builder = relax.BlockBuilder()
+    fields = [relax.TensorType(a.shape, a.dtype.name) for a in tensors]
     for name, shape in (("main", SHORT), ("main_b2", PAIR), ("long", LONG)):
         x = relax.Var("x", relax.TensorType(shape, "float32"))
-        with builder.function(name, [x]):
+        pool = relax.Var("tensors", relax.TupleType(fields))
+        with builder.function(name, [x, pool] if tensors else [x]):
             with builder.dataflow():
-                kernel = builder.add_func(_column_sums(shape), f"column_sums_{name}")
+                kernel = builder.add_func(_column_sums(shape, bool(tensors)), f"column_sums_{name}")
                 out = relax.TensorType((shape[0], shape[2]), "float32")
-                call = relax.call_tir(kernel, [x, relax.const(bias)], out)
-                y = builder.emit_output(call)
+                bias = [builder.emit(relax.TupleGetItem(pool, 1))] if tensors else []
+                y = builder.emit_output(relax.call_tir(kernel, [x, *bias], out))
             builder.emit_func_output(y)
     return tvm.compile(builder.get(), tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
 
@@ -86,7 +97,10 @@ def expected(x, bias=BIAS):
 
 
 def split(path):
-    """Return a compiled model's library and manifest, by the format's description alone."""
+    """Return a compiled model's body and manifest, by the format's description alone.
+
+    The body is the library, zeros and the tensors.
+    """
     data = Path(path).read_bytes()
     digest, length, magic = struct.unpack("<32sQ8s", data[-48:])
     text = data[-48 - length : -48]
@@ -95,5 +109,5 @@ def split(path):
     return data[: -48 - length], json.loads(text)
 
 
-def join(library, text, magic=b"MEGATVM1"):
-    return library + text + struct.pack("<32sQ8s", hashlib.sha256(text).digest(), len(text), magic)
+def join(body, text, magic=b"MEGATVM1"):
+    return body + text + struct.pack("<32sQ8s", hashlib.sha256(text).digest(), len(text), magic)

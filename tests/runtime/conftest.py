@@ -12,7 +12,7 @@ import pytest
 
 import mega_tvm
 from mega_tvm.artifact import write_artifact
-from tests.runtime.builders import MANIFEST, build_executable, join, split
+from tests.runtime.builders import MANIFEST, TENSORS, build_executable, join, split
 
 # What a subprocess runs first: neither the compiler nor torch can be imported.
 PRELUDE = """
@@ -36,7 +36,7 @@ def artifact(executable, tmp_path_factory):
     """A compiled model, in a directory whose name has a space and a letter beyond ASCII."""
     directory = tmp_path_factory.mktemp("artifact") / "a dir é"
     directory.mkdir()
-    return write_artifact(executable, MANIFEST, directory / "model.so")
+    return write_artifact(executable, MANIFEST, directory / "model.so", TENSORS)
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +54,11 @@ def edited(artifact, tmp_path):
     """Return a copy of the artifact whose manifest a function has changed; digests are right."""
 
     def edit(change):
-        library, manifest = split(artifact)
+        body, manifest = split(artifact)
         changed = change(manifest)
         text = json.dumps(manifest if changed is None else changed).encode()
         path = tmp_path / "edited.so"
-        path.write_bytes(join(library, text))
+        path.write_bytes(join(body, text))
         return path
 
     return edit
@@ -66,7 +66,10 @@ def edited(artifact, tmp_path):
 
 @pytest.fixture
 def run_python():
-    """Run a script in a process without compilers; return what it printed."""
+    """Run a script in a process without compilers; return what it printed.
+
+    Nothing may be on standard error.
+    """
 
     def run(script, *args, env=None, prelude=PRELUDE):
         root = str(Path(mega_tvm.__file__).parents[1])
@@ -86,6 +89,7 @@ def run_python():
             timeout=60,
         )
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.stderr == ""
         return done.stdout
 
     return run

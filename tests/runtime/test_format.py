@@ -10,6 +10,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mega_tvm import load
@@ -20,7 +21,7 @@ from mega_tvm.errors import (
     IncompatibleArtifactError,
     NotAnArtifactError,
 )
-from tests.runtime.builders import MANIFEST, join, split
+from tests.runtime.builders import MANIFEST, TENSORS, join, split
 
 
 @pytest.fixture
@@ -43,23 +44,48 @@ def refuses(tmp_path):
     return check
 
 
+@pytest.fixture
+def refuses_load(tmp_path):
+    """Check that these bytes are refused by `load`, with these words."""
+
+    def check(data, words):
+        path = tmp_path / "bad.so"
+        path.write_bytes(data)
+        with pytest.raises(DamagedArtifactError, match=words):
+            load(path)
+
+    return check
+
+
 def test_the_file_is_as_documented(artifact):
-    library, manifest = split(artifact)
+    body, manifest = split(artifact)
     assert manifest == read_manifest(artifact)
     assert manifest == json.loads(artifact.with_suffix(".json").read_text("utf-8"))
-    assert manifest["library"]["bytes"] == len(library)
-    assert manifest["library"]["sha256"] == hashlib.sha256(library).hexdigest()
+    library, tensors = manifest["library"], manifest["tensors"]
+    end, start = library["bytes"], tensors["offset"]
+    assert hashlib.sha256(body[:end]).hexdigest() == library["sha256"]
+    assert (start - 64 < end <= start, start % 64, set(body[end:start]) <= {0}) == (True, 0, True)
+    assert len(body) == start + tensors["bytes"]
+    blob = body[start:]
+    assert hashlib.sha256(blob).hexdigest() == tensors["sha256"]
+    assert len(tensors["items"]) == len(TENSORS)
+    for item, tensor in zip(tensors["items"], TENSORS, strict=True):
+        assert item["offset"] % 64 == 0
+        read = np.frombuffer(blob, item["dtype"], tensor.size, item["offset"])
+        np.testing.assert_array_equal(read.reshape(item["shape"]), tensor, strict=True)
     assert manifest["format_version"] == 1
     assert set(manifest["versions"]) == {"mega_tvm", "tvm", "tvm_ffi", "llvm"}
     assert manifest | MANIFEST == manifest
 
 
 def test_append_trailer_writes_what_read_manifest_reads(artifact, tmp_path):
-    library, manifest = split(artifact)
+    body, manifest = split(artifact)
     manifest["weights"]["source"] = "gewählt \N{SNOWMAN}"
     path = tmp_path / "model.so"
-    path.write_bytes(library)
-    append_trailer(path, manifest)
+    path.write_bytes(body[: manifest["library"]["bytes"]])
+    blob = memoryview(body)[manifest["tensors"]["offset"] :]
+    append_trailer(path, manifest, [blob[:5], blob[5:]])
+    assert path.read_bytes()[: len(body)] == body
     assert read_manifest(path) == manifest
     before = path.read_bytes()
     for bad in ({**manifest, "dtype": 1}, {**manifest, "config": {"a": float("nan")}}):
@@ -87,8 +113,8 @@ def test_other_files_are_refused(refuses):
 
 def test_truncated_files_are_refused(artifact, tmp_path):
     data = artifact.read_bytes()
-    library, _ = split(artifact)
-    lengths = {*range(80), *range(0, len(data), 997), *range(len(library) - 3, len(data))}
+    body, _ = split(artifact)
+    lengths = {*range(80), *range(0, len(data), 997), *range(len(body) - 3, len(data))}
     path = tmp_path / "cut.so"
     for length in lengths:
         path.write_bytes(data[:length])
@@ -97,19 +123,23 @@ def test_truncated_files_are_refused(artifact, tmp_path):
 
 
 def test_appended_or_missing_bytes_are_refused(artifact, refuses):
-    library, manifest = split(artifact)
+    body, manifest = split(artifact)
     text = json.dumps(manifest).encode()
-    refuses(join(library, text) + b"\n", NotAnArtifactError)
-    refuses(join(library + b"\0", text), DamagedArtifactError, "expected a library of")
-    refuses(join(library[:-1], text), DamagedArtifactError, "expected a library of")
-    refuses(join(library, text) + join(b"", text), DamagedArtifactError, "expected a library of")
+    refuses(join(body, text) + b"\n", NotAnArtifactError)
+    refuses(join(body + b"\0", text), DamagedArtifactError, "expected a library and tensors of")
+    refuses(join(body[:-1], text), DamagedArtifactError, "expected a library and tensors of")
+    refuses(
+        join(body, text) + join(b"", text),
+        DamagedArtifactError,
+        "expected a library and tensors of",
+    )
 
 
 def test_flipped_bits_of_manifest_and_footer_is_refused(artifact, tmp_path):
     data = bytearray(artifact.read_bytes())
-    library, _ = split(artifact)
+    body, _ = split(artifact)
     path = tmp_path / "flipped.so"
-    for i in [*range(len(library), len(data) - 48, 3), *range(len(data) - 48, len(data))]:
+    for i in [*range(len(body), len(data) - 48, 3), *range(len(data) - 48, len(data))]:
         data[i] ^= 1 << i % 8
         path.write_bytes(data)
         with pytest.raises((NotAnArtifactError, DamagedArtifactError)):
@@ -117,16 +147,34 @@ def test_flipped_bits_of_manifest_and_footer_is_refused(artifact, tmp_path):
         data[i] ^= 1 << i % 8
 
 
-def test_flipped_bytes_of_the_library_are_refused_by_load(artifact, tmp_path):
+def test_flipped_bits_of_library_and_tensors_are_refused_by_load(artifact, tmp_path):
     data = bytearray(artifact.read_bytes())
-    library, _ = split(artifact)
+    body, manifest = split(artifact)
     path = tmp_path / "flipped.so"
-    for i in range(20, len(library), 131):
-        data[i] ^= 0x10
-        path.write_bytes(data)
-        with pytest.raises(DamagedArtifactError, match="expected a library with sha256"):
-            load(path)
-        data[i] ^= 0x10
+
+    def refuses(places, words):
+        for i in places:
+            data[i] ^= 1 << i % 8
+            path.write_bytes(data)
+            with pytest.raises(DamagedArtifactError, match=words):
+                load(path)
+            data[i] ^= 1 << i % 8
+
+    end, start = manifest["library"]["bytes"], manifest["tensors"]["offset"]
+    refuses([*range(20, end, 131), end - 1], "expected a library with sha256")
+    refuses(range(start, len(body)), "expected tensors with sha256")
+
+
+@pytest.mark.parametrize("cut", range(3))
+def test_padding_behind_the_library_is_zeros(artifact, refuses_load, cut):
+    # A shorter library, so that there is some padding whatever the linker wrote.
+    body, manifest = split(artifact)
+    end = manifest["tensors"]["offset"] - 2
+    library = body[:end]
+    manifest["library"] = {"bytes": end, "sha256": hashlib.sha256(library).hexdigest()}
+    padding = [b"\1\0", b"\0\1", b"\xff\xff"][cut]
+    data = join(library + padding + body[end + 2 :], json.dumps(manifest).encode())
+    refuses_load(data, "expected zeros between library and tensors")
 
 
 @pytest.mark.parametrize(
@@ -140,17 +188,17 @@ def test_flipped_bytes_of_the_library_are_refused_by_load(artifact, tmp_path):
     ids=["aarch64", "unknown machine", "32-bit", "big-endian"],
 )
 def test_another_machine_is_refused(artifact, refuses, offset, value, words):
-    library, manifest = split(artifact)
-    changed = library[:offset] + value + library[offset + len(value) :]
+    body, manifest = split(artifact)
+    changed = body[:offset] + value + body[offset + len(value) :]
     text = json.dumps(manifest).encode()
     refuses(join(changed, text), IncompatibleArtifactError, "compile the model for", *words)
 
 
 def test_lengths_in_the_footer_are_bounded(artifact, refuses):
-    library, _ = split(artifact)
-    for length in (0, 1, len(library) + 1, 1 << 40, (1 << 64) - 1):
+    body, _ = split(artifact)
+    for length in (0, 1, len(body) + 1, 1 << 40, (1 << 64) - 1):
         footer = struct.pack("<32sQ8s", hashlib.sha256(b"").digest(), length, b"MEGATVM1")
-        refuses(library + footer, DamagedArtifactError, f"a manifest of {length} bytes")
+        refuses(body + footer, DamagedArtifactError, f"a manifest of {length} bytes")
 
 
 @pytest.mark.parametrize(
@@ -221,16 +269,40 @@ def test_missing_fields_and_other_types_are_refused(artifact, edited, refuses):
             refuses(edited(remove), DamagedArtifactError, "manifest: ", f"{last} is missing")
 
 
+def _item(manifest):
+    return manifest["tensors"]["items"][1]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda m: m.update(entries=[]), "entries must not be empty"),
         (lambda m: m["entries"].append(m["entries"][0]), "different input shapes"),
         (lambda m: m["entries"][0]["input"].update(dtype="float64"), "entries[0].input.dtype"),
-        (lambda m: m["entries"][0]["input"].update(shape=[1, -4, 16]), "shape[1] must be positive"),
+        (
+            lambda m: m["entries"][0]["input"].update(shape=[1, -4, 16]),
+            "shape[1] must be at least 1",
+        ),
         (lambda m: m["library"].update(sha256="A" * 64), "library.sha256 must match"),
         (lambda m: m["target"].update(kind="cuda"), "target.kind must match llvm"),
         (lambda m: m["versions"].update(tvm_ffi="newest"), "versions.tvm_ffi must match"),
+        (lambda m: m["tensors"].update(bytes=-1), "tensors.bytes must be at least 0"),
+        (lambda m: m["tensors"].update(bytes=0), "items[0] must end within the 0 bytes"),
+        (lambda m: m["tensors"].update(bytes=137), "tensors.bytes must be 136, found 137"),
+        (lambda m: m["tensors"].update(items=[]), "tensors.bytes must be 0, found 136"),
+        (lambda m: m["tensors"].update(offset=64), "tensors.offset must be"),
+        (lambda m: m["tensors"].update(sha256=""), "tensors.sha256 must match"),
+        (lambda m: m["library"].update(bytes=1), "tensors.offset must be 64"),
+        (lambda m: _item(m).update(offset=-64), "items[1].offset must be at least 0"),
+        (lambda m: _item(m).update(offset=0), "items[1].offset must be 64, found 0"),
+        (lambda m: _item(m).update(offset=68), "items[1].offset must be 64, found 68"),
+        (lambda m: _item(m).update(offset=1 << 70), "items[1].offset must be 64, found 118"),
+        (lambda m: _item(m).update(shape=[17]), "items[2].offset must be 192, found 128"),
+        (lambda m: _item(m).update(shape=[1 << 62] * 9), "must end within the 136 bytes"),
+        (lambda m: _item(m).update(shape=[1] * 33), "must have at most 32 items, found 33"),
+        (lambda m: _item(m).update(shape=[0]), "items[1].shape[0] must be at least 1"),
+        (lambda m: _item(m).update(dtype="float64"), "items[1] must end within the 136 bytes"),
+        (lambda m: _item(m).update(dtype="object"), "items[1].dtype must match bool|int8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

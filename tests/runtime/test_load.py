@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm_ffi
 
 import mega_tvm
 from mega_tvm import load
 from mega_tvm.artifact import write_artifact
 from mega_tvm.errors import DamagedArtifactError, IncompatibleArtifactError
+from mega_tvm.inputs import aligned_empty
 from mega_tvm.runtime import _request_amx
-from tests.runtime.builders import BIAS, MANIFEST, build_executable, join, split
+from tests.runtime.builders import BIAS, MANIFEST, TENSORS, build_executable, join, split
 
 RUN = """
 model = mega_tvm.load(sys.argv[1])
@@ -156,19 +160,114 @@ def test_a_library_without_a_virtual_machine(edited, artifact):
     # The code of another kind of library, under a manifest that vouches for it.
     other = next(Path("/lib").rglob("libm.so.6")).read_bytes()
     _, manifest = split(artifact)
+    padding = -len(other) % 64
     manifest["library"] = {"sha256": hashlib.sha256(other).hexdigest(), "bytes": len(other)}
+    manifest["tensors"] = {
+        "offset": len(other) + padding,
+        "bytes": 0,
+        "sha256": hashlib.sha256(b"").hexdigest(),
+        "items": [],
+    }
     path = edited(lambda m: None)
-    path.write_bytes(join(other, json.dumps(manifest).encode()))
+    path.write_bytes(join(other + bytes(padding), json.dumps(manifest).encode()))
     with pytest.raises(IncompatibleArtifactError, match=r"cannot load it: .*vm_load_executable"):
         load(path)
 
 
-def test_a_replaced_file_is_loaded_anew(artifact, tmp_path):
+def with_bias(bias):
+    return [TENSORS[0], bias, TENSORS[2]]
+
+
+def test_tensors_are_as_written_and_aligned(model):
+    assert len(model.tensors) == len(TENSORS)
+    for tensor, expected in zip(model.tensors, TENSORS, strict=True):
+        array = np.from_dlpack(tensor)
+        np.testing.assert_array_equal(array, expected, strict=True)
+        assert array.ctypes.data % 64 == 0
+
+
+def test_a_model_without_tensors(tmp_path):
+    path = write_artifact(build_executable(()), MANIFEST, tmp_path / "model.so")
+    model = load(path)
+    assert len(model.tensors) == 0
+    assert model.metadata["tensors"]["bytes"] == 0
+    x = np.arange(64, dtype=np.float32).reshape(1, 4, 16)
+    np.testing.assert_array_equal(model(x), x.sum(axis=1))
+
+
+def test_a_machine_of_one_s_own(model):
+    called = []
+
+    def instrument(_function, name, before, _result, *_arguments):
+        if before:
+            called.append(name)
+
+    machine = model.new_machine()
+    machine["set_instrument"](tvm_ffi.convert(instrument))
+    x = aligned_empty((2, 4, 16))
+    x[...] = 2
+    y = np.from_dlpack(model.invoke(machine["main_b2"], x))
+    np.testing.assert_array_equal(y, [BIAS + 8] * 2)
+    assert "column_sums_main_b2" in called
+    count = len(called)
+    np.testing.assert_array_equal(model(x), [BIAS + 8] * 2)
+    assert len(called) == count
+
+
+def test_tensors_outlive_the_model(artifact):
+    tensors = load(artifact).tensors
+    gc.collect()
+    np.testing.assert_array_equal(np.from_dlpack(tensors[1]), BIAS)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages"
+)
+def test_large_tensors_ask_for_huge_pages(tmp_path):
+    tensors = [TENSORS[0], BIAS, np.zeros(3 << 20, np.int8)]
+    path = write_artifact(build_executable(tensors), MANIFEST, tmp_path / "model.so", tensors)
+    model = load(path)
+    address = np.from_dlpack(model.tensors[0]).ctypes.data
+    assert address % (2 << 20) == 0
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            assert {"hg", "wr"} <= set(line.split())
+            assert "sh" not in line.split()
+            return
+    pytest.fail("the mapping is not found")
+
+
+def test_large_tensors_are_in_memory_once(executable, run_python, tmp_path):
+    large = np.arange(14 << 18, dtype=np.float32)
+    tensors = [TENSORS[0], BIAS, large]
+    path = write_artifact(build_executable(tensors), MANIFEST, tmp_path / "large.so", tensors)
+    script = """
+import tvm_ffi
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+small = mega_tvm.load(sys.argv[1])
+before = resident()
+model = mega_tvm.load(sys.argv[2])
+model(np.ones((1, 4, 16), np.float32))
+print(14 <= resident() - before <= 18)
+large = np.from_dlpack(model.tensors[2])
+print((large == np.arange(14 << 18)).all(), large.ctypes.data % 64)
+del model, small, large
+print(resident() - before < 3)
+"""
+    small = write_artifact(executable, MANIFEST, tmp_path / "small.so", TENSORS)
+    assert run_python(script, small, path).splitlines() == ["True", "True 0", "True"]
+
+
+def test_a_replaced_file_is_loaded_anew(artifact, executable, tmp_path):
     path = Path(shutil.copy(artifact, tmp_path / "model.so"))
     x = np.zeros((1, 4, 16), np.float32)
     first = load(path)
-    other = build_executable(BIAS + 100)
-    assert write_artifact(other, MANIFEST, path) == path
+    assert write_artifact(executable, MANIFEST, path, with_bias(BIAS + 100)) == path
     second, again = load(path), load(path)
     np.testing.assert_array_equal(first(x), [BIAS])
     np.testing.assert_array_equal(second(x), [BIAS + 100])
@@ -182,13 +281,13 @@ rng = random.Random(7)
 source, target = map(pathlib.Path, sys.argv[1:])
 data = source.read_bytes()
 length = struct.unpack("<Q", data[-16:-8])[0]
-library, manifest = data[:-48 - length], json.loads(data[-48 - length:-48])
+body, manifest = data[:-48 - length], json.loads(data[-48 - length:-48])
 
 def bytes_changed():
     mutant = bytearray(data)
     for _ in range(rng.choice([1, 1, 3, 20])):
         near_end = rng.random() < 0.5
-        at = rng.randrange(min(len(library) * near_end, len(mutant) - 1), len(mutant))
+        at = rng.randrange(min(len(body) * near_end, len(mutant) - 1), len(mutant))
         kind = rng.randrange(3)
         if kind == 0:
             mutant[at] ^= 1 << rng.randrange(8)
@@ -215,10 +314,10 @@ def manifest_changed():
             if rng.random() < 0.3:
                 del node[key]
             else:
-                node[key] = rng.choice(VALUES)
+                node[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(mutant).encode()
     digest = hashlib.sha256(text).digest()
-    return library + text + struct.pack("<32sQ8s", digest, len(text), b"MEGATVM1")
+    return body + text + struct.pack("<32sQ8s", digest, len(text), b"MEGATVM1")
 
 outcomes = collections.Counter()
 for make, count in ((bytes_changed, 400), (manifest_changed, 400)):

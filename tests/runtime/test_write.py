@@ -12,7 +12,7 @@ import pytest
 from mega_tvm import load
 from mega_tvm.artifact import write_artifact
 from mega_tvm.errors import ArtifactError, CompileError
-from tests.runtime.builders import BIAS
+from tests.runtime.builders import BIAS, TENSORS
 
 
 class Fails:
@@ -28,7 +28,7 @@ class Fails:
 @pytest.mark.parametrize("name", ["model.so", "with space.so", "größe \N{SNOWMAN}.so", "a.b.so"])
 def test_any_name(executable, manifest, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    path = write_artifact(executable, manifest, name)
+    path = write_artifact(executable, manifest, name, TENSORS)
     assert path == tmp_path / name
     assert sorted(os.listdir()) == sorted([name, name[:-3] + ".json"])
     np.testing.assert_array_equal(load(name)(np.zeros((1, 4, 16), np.float32)), [BIAS])
@@ -108,6 +108,35 @@ def test_no_linker(executable, manifest, tmp_path, monkeypatch):
     with pytest.raises(CompileError, match=r"(?s)cannot be linked: .*out of registers"):
         write_artifact(executable, manifest, tmp_path / "model.so")
     assert os.listdir(tmp_path) == ["false"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (np.zeros((2, 0)), r"tensors\.items\[1\]\.shape\[1\] must be at least 1"),
+        (np.zeros(2, np.complex64), r"dtype must match bool\|int8.*, found 'complex64'"),
+        (np.array(["text"]), r"dtype must match bool\|int8.*, found 'str128'"),
+    ],
+    ids=["empty", "complex", "text"],
+)
+def test_unsuitable_tensors_are_told_before_linking(manifest, tmp_path, tensor, words):
+    with pytest.raises(ArtifactError, match=words):
+        write_artifact(
+            Fails(AssertionError("linked")), manifest, tmp_path / "model.so", [BIAS, tensor]
+        )
+
+
+def test_tensors_of_any_layout(executable, manifest, tmp_path):
+    wide = np.zeros((16, 3), ">f4")
+    wide[:, 1] = BIAS
+    tensors = [TENSORS[0], wide[:, 1], TENSORS[2]]
+    model = load(write_artifact(executable, manifest, tmp_path / "model.so", tensors))
+    np.testing.assert_array_equal(model(np.zeros((1, 4, 16), np.float32)), [BIAS])
+
+
+def test_writing_and_loading_print_nothing(executable, manifest, tmp_path, capfd):
+    load(write_artifact(executable, manifest, tmp_path / "model.so", TENSORS)).warmup()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_bad_manifest_is_told_before_linking(manifest, tmp_path):

@@ -1,0 +1,142 @@
+"""The pack phase: constants into their kernels' layouts, and out of the module.
+
+Constants could stay in the VM's executable, but then they lie in the library's data and again on
+the heap, each entry has its own, and TVM writes a line to standard error for each one that it
+loads. As a tuple that the caller passes, they are read once, and all entries share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax, tirx
+from tvm.ir import GlobalVar, Op
+from tvm.ir.expr import GenericConst
+
+from schedules.common.kernel import ScheduledKernel
+
+from .errors import CompileError
+from .passes.rewrite import Graph
+
+Array = npt.NDArray[Any]
+
+
+def pack_phase(
+    mod: tvm.IRModule, scheduled: Mapping[str, ScheduledKernel]
+) -> tuple[tvm.IRModule, list[Array]]:
+    """Pack constants as their kernels' schedules want them, and move them out of the module.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Relax functions of ``call_tir`` and ``reshape``, and scheduled PrimFuncs.
+    scheduled : mapping of str to ScheduledKernel
+        Mega's kernels, by name.
+
+    Returns
+    -------
+    tvm.IRModule
+        Each entry takes a tuple of all tensors as its last parameter.
+    list of array
+        The tensors; equal ones are there once, whichever layers and entries use them.
+    """
+    pool = _TensorPool()
+    builder = relax.BlockBuilder()
+    # A packed kernel has another signature, and a GlobalVar carries its function's type: kernels
+    # are added anew, calls pointed at them.
+    kernels = {
+        gvar.name_hint: builder.add_func(func, gvar.name_hint)
+        for gvar, func in mod.functions_items()
+        if isinstance(func, tirx.PrimFunc)
+    }
+    graphs = {
+        gvar.name_hint: Graph(func)
+        for gvar, func in mod.functions_items()
+        if isinstance(func, relax.Function)
+    }
+    # The tuple's type must be known before the first entry is rebuilt: two walks.
+    places = {name: _collect(graph, scheduled, pool) for name, graph in graphs.items()}
+    tensors = relax.TupleType([relax.TensorType(list(a.shape), str(a.dtype)) for a in pool.arrays])
+    for name, graph in graphs.items():
+        builder.add_func(_rebuild(name, graph, places[name], tensors, kernels), name)
+    return builder.get(), pool.arrays
+
+
+class _TensorPool:
+    """The tensors of a module, each content once."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
+        self._indices: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+
+    def add(self, array: Array) -> int:
+        """Return the index of an array."""
+        array = np.asarray(array, order="C")  # np.ascontiguousarray would make a scalar [1]
+        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+        index = self._indices.setdefault(key, len(self.arrays))
+        if index == len(self.arrays):
+            self.arrays.append(array)
+        return index
+
+
+# For each binding of a function, the tensors that stand for its constant arguments.
+_Places = list[dict[int, int]]
+
+
+def _collect(graph: Graph, scheduled: Mapping[str, ScheduledKernel], pool: _TensorPool) -> _Places:
+    places: _Places = []
+    for _, value in graph.bindings:
+        place: dict[int, int] = {}
+        if _is_call_tir(value):
+            name = value.args[0].name_hint
+            pack = scheduled[name].pack if name in scheduled else {}
+            for index, field in enumerate(value.args[1].fields):
+                if isinstance(field, GenericConst):
+                    array = field.value.numpy()
+                    place[index] = pool.add(pack[index](array) if index in pack else array)
+                elif index in pack:
+                    raise CompileError(f"kernel {name}: argument {index} must be constant weights")
+        places.append(place)
+    return places
+
+
+def _rebuild(
+    name: str,
+    graph: Graph,
+    places: _Places,
+    tensors: relax.TupleType,
+    kernels: Mapping[str, GlobalVar],
+) -> relax.Function:
+    builder, params = graph.builder, graph.func.params
+    pool = relax.Var("tensors", tensors)
+    fetched: dict[int, relax.Var] = {}
+
+    def fetch(index: int) -> relax.Var:
+        if index not in fetched:
+            fetched[index] = builder.emit(relax.TupleGetItem(pool, index))
+        return fetched[index]
+
+    # Kernels are in the other builder's module: their types are told, not inferred.
+    with builder.function(name, [*params, pool] if tensors.fields else params):
+        with builder.dataflow():
+            for (var, value), place in zip(graph.bindings, places, strict=True):
+                new = graph.renew(value)
+                if _is_call_tir(value):
+                    fields = list(new.args[1].fields)
+                    for index, tensor in place.items():
+                        fields[index] = fetch(tensor)
+                    kernel = kernels[value.args[0].name_hint]
+                    new = relax.Call(new.op, [kernel, relax.Tuple(fields)], new.attrs, new.ty_args)
+                graph.env[var] = new if isinstance(new, relax.Var) else builder.emit(new)
+            result = builder.emit_output(graph.renew(graph.func.body.body))
+        builder.emit_func_output(result)
+    return builder.get()[name]
+
+
+def _is_call_tir(expr: relax.Expr) -> bool:
+    return isinstance(expr, relax.Call) and expr.op == Op.get("relax.call_tir")

@@ -1,0 +1,53 @@
+"""A compiled model's tensors in memory: one buffer for all, on huge pages where there are any."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import tvm_ffi
+
+from mega_tvm.artifact_format import read_tensors
+from mega_tvm.manifest_schema import ALIGNMENT
+
+_HUGE_PAGE = 2 << 20
+# mmap's default is shared memory, which is seldom on huge pages.
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> tvm_ffi.Array:
+    """Read and check a compiled model's tensors.
+
+    Returns
+    -------
+    tvm_ffi.Array of tvm_ffi.Tensor
+        Views of one buffer, which lives as long as any of them.
+
+    Raises
+    ------
+    DamagedArtifactError
+        If the tensors' bytes are not what the compiler wrote.
+    """
+    blob = _reserve(manifest["tensors"]["bytes"])
+    read_tensors(file, name, manifest, blob)
+    views = []
+    for item in manifest["tensors"]["items"]:
+        count = int(np.prod(item["shape"], dtype=np.int64))
+        array = np.frombuffer(blob, item["dtype"], count, item["offset"]).reshape(item["shape"])
+        views.append(tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT))
+    return tvm_ffi.Array(views)
+
+
+def _reserve(size: int) -> memoryview:
+    """Return untouched memory at the start of a page."""
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, max(size, 1), _FLAGS))[:size]
+    # Kernels stream all weights at each call. Whole huge pages, to the end of the last one.
+    memory = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE + _HUGE_PAGE, _FLAGS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % _HUGE_PAGE
+    return memoryview(memory)[start : start + size]
