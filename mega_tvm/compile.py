@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from reference import MegaConfig
+from reference.config import ConfigError
 
 from .console import console, print_settings, run_command
 
@@ -182,11 +184,21 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the model's options that the user gave, by the config file or one by one."""
     options: dict[str, object] = {}
     if arguments.config is not None:
-        options = MegaConfig.from_json(arguments.config).to_dict()
+        options = _config_options(arguments.config)
     names = ("embed_dim", "hidden_size", "ema_dim", "num_layers", "laplace_attention", "layer_norm")
     given = {name: getattr(arguments, name) for name in names}
     options.update({name: value for name, value in given.items() if value is not None})
     return options
+
+
+def _config_options(path: Path) -> dict[str, object]:
+    """Return the options that a config file states, without defaults: a checkpoint may differ."""
+    try:
+        MegaConfig.from_json(path)
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return {str(name): value for name, value in stated.items()}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .errors import MegaError
+from .inspect_artifact import inspect_artifact
 from .weights import Checkpoint, load_checkpoint
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ _INSPECTORS: dict[str, Callable[[Path], Report]] = {
     ".npz": inspect_checkpoint,
     ".pt": inspect_checkpoint,
     ".pth": inspect_checkpoint,
+    ".so": inspect_artifact,
 }
 
 
@@ -153,10 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m mega_tvm.inspect",
-        description="Show what a checkpoint holds: options, tensors, metadata.",
+        description="Show what a checkpoint or a compiled model holds, without running it.",
     )
     parser.add_argument(
-        "file", type=Path, help="a .nx, .safetensors, .npz, .pt or .pth file", metavar="FILE"
+        "file",
+        type=Path,
+        help="a .nx, .safetensors, .npz, .pt or .pth file, or a compiled .so",
+        metavar="FILE",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)

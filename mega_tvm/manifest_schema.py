@@ -96,6 +96,16 @@ _STRINGS = Field(list, items=Field(str))
 _ARRAY = Field(
     dict, fields={"shape": Field(list, items=Field(int)), "dtype": Field(str, pattern="float32")}
 )
+_KERNEL = Field(
+    dict,
+    fields={
+        "name": Field(str),
+        "op": Field(str),
+        "spec": Field(dict, _NULL),
+        "schedule": Field(str),
+        "calls": Field(int),
+    },
+)
 _ENTRY = Field(
     dict,
     fields={
@@ -151,7 +161,7 @@ _MANIFEST = Field(
         "entries": Field(list, items=_ENTRY),
         "config": Field(dict, _NULL),
         "weights": Field(dict, _NULL),
-        "kernels": Field(list),
+        "kernels": Field(list, items=_KERNEL),
         "parity": Field(dict, _NULL),
     },
 )

@@ -123,7 +123,7 @@ def run_pipeline(
         executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
-        (debug_dump / "5_lower.s").write_text(assembly, encoding="utf-8")
+        _write(debug_dump / "5_lower.s", assembly)
     return Compiled(executable, tensors, kernels, seconds)
 
 
@@ -244,5 +244,12 @@ def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
 
 
 def _dump(mod: tvm.IRModule, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(mod.script(show_meta=False), encoding="utf-8")
+    _write(path, mod.script(show_meta=False))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CompileError(f"{path}: the debug dump cannot be written: {error}") from error

@@ -53,24 +53,31 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
             + ", ".join(unsupported)
             + ". Rewrite them in terms of supported ones, or keep them outside the compiled module."
         )
-    return translator.from_exported_program(
+    mod = translator.from_exported_program(
         program,
         keep_params_as_input=False,
         unwrap_unit_return_tuple=True,
         custom_convert_map=dict(_CONVERTERS),
         run_ep_decomposition=False,
     )
+    dtype = str(mod["main"].ret_ty.dtype)
+    if dtype != "float32":
+        raise UnsupportedModelError(
+            f"{type(module).__name__} must return a float32 tensor; it returns {dtype}. End it with "
+            "x.float(), or keep the conversion outside the compiled module."
+        )
+    return mod
 
 
 def _export(module: torch.nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
-    was_training = module.training
+    was_training = {part: part.training for part in module.modules()}  # parts may be frozen
     module.eval()
     try:
         example = torch.zeros(tuple(shape), dtype=torch.float32)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
             program = torch.export.export(module, (example,), strict=False).run_decompositions()
-            outputs = [out for out in program.graph_signature.user_outputs if out is not None]
+            result = program.call_spec.out_spec
     except Exception as error:
         first_line = (
             str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -80,10 +87,13 @@ def _export(module: torch.nn.Module, shape: Sequence[int]) -> torch.export.Expor
             f"{first_line}"
         ) from error
     finally:
-        module.train(was_training)
-    if len(outputs) != 1:
+        for part, mode in was_training.items():
+            part.training = mode
+    returns_none = program.graph_signature.user_outputs == (None,)
+    if not result.is_leaf() or returns_none:
+        what = "None" if returns_none else f"a {result.type.__name__} of {result.num_leaves}"
         raise UnsupportedModelError(
-            f"{type(module).__name__} must return one tensor; it returns {len(outputs)}"
+            f"{type(module).__name__} must return one tensor; it returns {what}"
         )
     return program
 

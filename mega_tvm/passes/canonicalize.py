@@ -1,12 +1,14 @@
 """Bring an imported graph into Mega's operators.
 
 - ``matmul`` with constant weights, and the ``add`` of its bias -> ``mega.dense``. The importer
-  wraps a product in two reshapes, which would stop every later rewrite: they vanish, since a dense
-  kernel takes any number of leading dimensions.
+  wraps a product, at times with its bias, in two reshapes, which would stop every later rewrite:
+  they vanish, since a dense kernel takes any number of leading dimensions.
 - ``nn.layer_norm`` over the last axis -> ``mega.layer_norm``.
-- ``take`` of the last index of axis 1 -> ``mega.last_timestep``. A negative index elsewhere is made
-  positive, since TVM's ``take`` in its fast mode reads out of bounds with it.
+- ``take`` of the last index of axis 1, of three or more -> ``mega.last_timestep``. A negative index
+  elsewhere is made positive, since TVM's ``take`` in its fast mode reads out of bounds with it.
 - Operators on constants alone are computed, in float64.
+
+Mega's operators are float32: what a model computes in another type keeps TVM's operators.
 """
 
 from __future__ import annotations
@@ -52,6 +54,10 @@ def _is_float(expr: relax.Expr) -> bool:
     return str(expr.ty.dtype).startswith("float")
 
 
+def _is_float32(expr: relax.Expr) -> bool:
+    return str(expr.ty.dtype) == "float32"
+
+
 def _fold(site: Site) -> relax.Expr | None:
     args = site.call.args
     if not args or not all(_is_constant(arg) for arg in args):
@@ -73,6 +79,8 @@ def _matmul(site: Site) -> relax.Expr | None:
     x, w = site.call.args
     if not _is_constant(w, 2) or _is_constant(x) or len(shape_of(x)) < 2:
         return None
+    if not (_is_float32(x) and _is_float32(w)):
+        return None
     source = site.producer(0)
     out_shape = shape_of(site.original)
     if source is not None and is_op(source, "reshape"):
@@ -93,15 +101,21 @@ def _bias(site: Site) -> relax.Expr | None:
     for at, other in ((0, 1), (1, 0)):
         dense = site.producer(at)
         addend = site.call.args[other]
+        if dense is not None and is_op(dense, "reshape"):
+            dense = site.graph.producer(dense.args[0])
         if (
             dense is not None
             and is_op(dense, "mega.dense")
             and _is_constant(addend)
             and shape_of(addend) in (shape_of(dense.args[2]), (1,), ())
+            and shape_of(dense)[-1] == shape_of(site.original)[-1]
             and site.is_only_use(at)
         ):
             x, w, b = dense.args
-            return relax_ops.dense(x, w, to_constant(constant64(b) + constant64(addend)))
+            y = relax_ops.dense(x, w, to_constant(constant64(b) + constant64(addend)))
+            if shape_of(dense) == shape_of(site.original):
+                return y
+            return relax.op.reshape(site.emit(y), shape_of(site.original))
     return None
 
 
@@ -127,6 +141,8 @@ def _layer_norm(site: Site) -> relax.Expr | None:
     axes = [int(axis) % (last + 1) for axis in attrs.axes]
     if axes != [last] or not (_is_constant(gamma, 1) and _is_constant(beta, 1)):
         return None
+    if not _is_float32(x):
+        return None
     scale = constant64(gamma) if attrs.scale else np.ones(shape_of(gamma))
     shift = constant64(beta) if attrs.center else np.zeros(shape_of(beta))
     return relax_ops.layer_norm(x, to_constant(scale), to_constant(shift), eps=float(attrs.epsilon))
@@ -141,7 +157,8 @@ def _take(site: Site) -> relax.Expr | None:
         return None
     extent = shape_of(x)[int(axis)]
     at = np.asarray(index.value.numpy())
-    if at.ndim == 0 and int(axis) == 1 and at % extent == extent - 1:
+    timesteps = len(shape_of(x)) >= 3 and int(axis) == 1 and _is_float32(x)
+    if timesteps and at.ndim == 0 and at % extent == extent - 1:
         row = site.emit(relax_ops.last_timestep(x))
         return relax.op.reshape(row, shape_of(site.original))
     if (at < 0).any():

@@ -126,6 +126,7 @@ def graph_pass(name: str, rule_factory: Callable[[], Rule]) -> tvm.transform.Pas
     """
 
     def transform(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        mod = mod.clone()  # the caller's stays as it was
         for gvar, func in mod.functions_items():
             if isinstance(func, relax.Function):
                 mod.update_func(gvar, Graph(func).rebuild(gvar.name_hint, rule_factory()))
@@ -141,4 +142,5 @@ def constant64(expr: relax.Expr) -> npt.NDArray[np.float64]:
 
 def to_constant(values: npt.NDArray[Any]) -> GenericConst:
     """Return an array as a Relax constant."""
-    return relax.const(np.ascontiguousarray(values), str(values.dtype))
+    # Not np.ascontiguousarray, which makes a scalar one-dimensional.
+    return relax.const(np.asarray(values, order="C"), str(values.dtype))

@@ -110,12 +110,13 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
 
     @T.inline
     def mix_group(s, v, o, b, r, p, n_keys, n_rows, col, n, step):
-        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns
+        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns. A panel is summed by
+        # itself first: one chain of additions over all keys would round like one.
         acc = T.alloc_buffer((n_rows, n), "float32", scope="local")
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
                 for lane in T.vectorized(step):
-                    acc[i, j * step + lane] = o[r + i, col + j * step + lane]
+                    acc[i, j * step + lane] = T.float32(0)
         for key in T.serial(n_keys):
             for i in T.unroll(n_rows):
                 for j in T.unroll(n // step):
@@ -127,7 +128,9 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
                 for lane in T.vectorized(step):
-                    o[r + i, col + j * step + lane] = acc[i, j * step + lane]
+                    o[r + i, col + j * step + lane] = (
+                        o[r + i, col + j * step + lane] + acc[i, j * step + lane]
+                    )
 
     @T.inline
     def mix(s, v, o, b, r, p, n_keys, n_rows):

@@ -61,10 +61,18 @@ def _schedule_block(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     sch.reorder(*outer, *reduction, inner)
     extent = sch.get(inner).extent
     if isinstance(extent, tirx.IntImm) and int(extent) > 1:
-        whole, vector = sch.split(inner, [None, _vector_length(int(extent), lanes)])
-        sch.vectorize(vector)
-        if not reduction:
-            outer = [*outer, whole]
+        length = _vector_length(int(extent), lanes)
+        if length == 1 and int(extent) > lanes:  # odd: whole vectors, then a short one
+            tail = int(extent) % lanes
+            inner, rest = sch.loop_partition(inner, [int(extent) - tail, None])
+            if tail > 1:
+                sch.vectorize(rest)
+            sch.vectorize(sch.split(inner, [None, lanes])[1])
+        else:
+            whole, vector = sch.split(inner, [None, length])
+            sch.vectorize(vector)
+            if not reduction:
+                outer = [*outer, whole]
     return _parallel_outer(sch, outer)
 
 

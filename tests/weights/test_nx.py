@@ -109,7 +109,7 @@ SPEC_CONTRADICTIONS = {
     "layers": (spec(num_layers=2), ["num_layers", "number of blocks says 1", "2"]),
     "type": (spec(dropout=b"high"), ["spec", "dropout", "high"]),
     "range": (spec(dropout=1.5), ["spec", "dropout", "1.5"]),
-    "huge": (spec(dropout=2**1500), ["spec", "too large"]),
+    "huge": (spec(dropout=2**1500), ["spec", "dropout"]),
     "architecture": ({b"__edifice_spec__": {"arch": "retnet"}}, ["retnet", "mega"]),
 }
 

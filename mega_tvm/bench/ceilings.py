@@ -1,0 +1,138 @@
+"""What the machine can do at most, measured beside the models: FMA on registers, and copying."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.target import Target
+
+from mega_tvm.lowering import CPU_PIPELINE
+from mega_tvm.targets import resolve_target
+from schedules.common.cpu_features import vector_unit
+
+from .environment import last_level_cache
+
+FMA_STEPS = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Measured limits at a thread count."""
+
+    fma_gflops: float
+    copy_gb_per_s: float
+
+
+def fma_kernel(threads: int, lanes: int, registers: int) -> tirx.PrimFunc:
+    """Return a PrimFunc ``(a, b, out)`` of nothing but independent FMAs on registers.
+
+    Each thread keeps ``registers`` accumulators, ``acc = acc * a + b``: more of them than the
+    latency of an FMA times the FMAs that start in a cycle (4 to 5 times 2), so that none waits.
+    """
+
+    @T.prim_func(s_tir=True)
+    def fma(
+        a: T.Buffer((lanes,), "float32"),
+        b: T.Buffer((lanes,), "float32"),
+        out: T.Buffer((threads, registers * lanes), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "fma"})
+        for t in T.parallel(threads):
+            acc = T.alloc_buffer((registers, lanes), "float32", scope="local")
+            for r in T.unroll(registers):
+                for lane in T.vectorized(lanes):
+                    acc[r, lane] = T.Cast("float32", r)
+            for _ in T.serial(FMA_STEPS):
+                for r in T.unroll(registers):
+                    for lane in T.vectorized(lanes):
+                        acc[r, lane] = acc[r, lane] * a[lane] + b[lane]
+            for r in T.unroll(registers):
+                for lane in T.vectorized(lanes):
+                    out[t, r * lanes + lane] = acc[r, lane]
+
+    return fma
+
+
+def copy_kernel(threads: int, lanes: int, vectors: int) -> tirx.PrimFunc:
+    """Return a PrimFunc ``(x, y)`` that copies ``vectors`` vectors a thread."""
+    size = vectors * lanes
+
+    @T.prim_func(s_tir=True)
+    def copy(x: T.Buffer((threads * size,), "float32"), y: T.Buffer((threads * size,), "float32")):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "copy"})
+        for t in T.parallel(threads):
+            for i in T.serial(vectors):
+                for lane in T.vectorized(lanes):
+                    j = T.meta_var(t * size + i * lanes + lane)
+                    y[j] = x[j]
+
+    return copy
+
+
+def innermost_loop(assembly: str, instruction: str) -> list[str]:
+    """Return the instructions of the loop that holds the most of ``instruction``.
+
+    A loop is what stands between a label and the last jump back to it.
+    """
+    lines = [line.split("#")[0].strip() for line in assembly.splitlines()]
+    starts: dict[str, int] = {}
+    best: list[str] = []
+    most = 0
+    for index, line in enumerate(lines):
+        if match := re.fullmatch(r"(\.L\w+):", line):
+            starts[match[1]] = index
+        elif (match := re.fullmatch(r"j\w+\s+(\.L\w+)", line)) and match[1] in starts:
+            body = [
+                text
+                for text in lines[starts[match[1]] + 1 : index + 1]
+                if text and not text.startswith(".")
+            ]
+            count = sum(text.startswith(instruction) for text in body)
+            if count > most:
+                most, best = count, body
+    return best
+
+
+def build(func: tirx.PrimFunc, target: Target) -> Any:
+    """Compile a kernel as the models' kernels are compiled."""
+    return tvm.compile(tvm.IRModule({"main": func}), target, tir_pipeline=CPU_PIPELINE)
+
+
+def measure_ceilings(threads: int, repeats: int = 15) -> Ceilings:
+    """Measure both limits, the best of ``repeats`` runs of a few milliseconds each."""
+    target = resolve_target("native").tvm_target()
+    unit = vector_unit(target)
+    lanes, registers = unit.lanes, unit.registers - 4
+
+    def aligned(size: int, value: float) -> Any:
+        return tvm.runtime.tensor(np.full(size, value, dtype=np.float32))
+
+    fma = build(fma_kernel(threads, lanes, registers), target)["fma"]
+    a, b = aligned(lanes, 0.5), aligned(lanes, 1.0)
+    out = tvm.runtime.tensor(np.zeros((threads, registers * lanes), dtype=np.float32))
+    flops = 2 * FMA_STEPS * registers * lanes * threads
+    fma_s = _best(lambda: fma(a, b, out), repeats)
+
+    vectors = max(128 << 20, 4 * last_level_cache()) // (4 * lanes * threads)
+    copy = build(copy_kernel(threads, lanes, vectors), target)["copy"]
+    size = vectors * lanes * threads
+    x, y = aligned(size, 1.0), aligned(size, 0.0)
+    copy_s = _best(lambda: copy(x, y), repeats)
+    return Ceilings(fma_gflops=flops / fma_s / 1e9, copy_gb_per_s=2 * 4 * size / copy_s / 1e9)
+
+
+def _best(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
