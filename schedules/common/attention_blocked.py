@@ -43,6 +43,8 @@ class Scoring:
     ----------
     accumulate : callable
         ``(acc, q, k) -> acc`` for one component of the width.
+    weight : callable
+        ``(score, peak) -> weight`` of one key.
     start : inline
         ``(peak, total, r)``: reset the running values of row ``r``.
     weigh : inline
@@ -57,6 +59,7 @@ class Scoring:
     """
 
     accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+    weight: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
     start: Callable[..., None]
     weigh: Callable[..., None]
     rescales: bool

@@ -13,7 +13,6 @@ from tvm.script import tirx as T
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocked import Scoring, attention_prim_func
 from .reduce import fold_max, fold_sum
-from .vector_math import exp
 
 # Vectors of partial sums, which hide the latency of one FMA chain (4 cycles, 1 to 2 a cycle).
 UNROLL = 4
@@ -32,8 +31,8 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
     group = min(L * GROUP_VECTORS, V // L * L)
     groups, tail = V // group, V % group
     q_off, k_off, v_off, g_off = spec.q_offset, spec.k_offset, spec.v_offset, spec.gate_offset
-    has_gate, softmax, scale = spec.has_gate, scoring.rescales, spec.scale
-    accumulate = scoring.accumulate
+    has_gate, softmax = spec.has_gate, scoring.rescales
+    accumulate, weight = scoring.accumulate, scoring.weight
 
     @T.inline
     def partial(q, k, acc, b, j, at, col, n):
@@ -57,11 +56,6 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
         fold_sum(acc, 0, wide)
         s[j] = acc[0, 0]
 
-    def weight(score, peak):
-        if softmax:
-            return exp((score - peak[0]) * T.float32(scale))
-        return T.float32(1) / (T.float32(1) + score)
-
     @T.inline
     def weigh(s, peak, total):
         # s: scores to weights; total[0, 0]: their sum
@@ -80,11 +74,11 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
             total[0, lane] = T.float32(0)
         for j in T.serial(K // L):
             for lane in T.vectorized(L):
-                s[j * L + lane] = weight(s[j * L + lane], peak)
+                s[j * L + lane] = weight(s[j * L + lane], peak[0])
             for lane in T.vectorized(L):
                 total[0, lane] = total[0, lane] + s[j * L + lane]
         for j in T.serial(K % L):
-            s[K - K % L + j] = weight(s[K - K % L + j], peak)
+            s[K - K % L + j] = weight(s[K - K % L + j], peak[0])
             total[0, 0] = total[0, 0] + s[K - K % L + j]
         fold_sum(total, 0, L)
 

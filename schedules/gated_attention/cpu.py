@@ -45,6 +45,9 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
     """Return softmax scoring for panels of ``vectors`` vectors of ``L`` lanes."""
     scale = spec.scale
 
+    def weight(score: tirx.PrimExpr, peak: tirx.PrimExpr) -> tirx.PrimExpr:
+        return exp((score - peak) * T.float32(scale))
+
     @T.inline
     def start(peak, total, r):
         peak[r] = T.min_value("float32")
@@ -66,7 +69,7 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
                 )
         fold_max(part, 0, L)
         highest[0] = T.max(peak[r], part[0, 0])
-        rescale[0] = exp((peak[r] - highest[0]) * T.float32(scale))
+        rescale[0] = weight(peak[r], highest[0])
         peak[r] = highest[0]
         for lane in T.vectorized(L):
             part[0, lane] = T.float32(0)
@@ -74,7 +77,7 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
             for lane in T.vectorized(L):
                 s[i, j * L + lane] = T.Select(
                     first + j * L + lane < limit,
-                    exp((s[i, j * L + lane] - highest[0]) * T.float32(scale)),
+                    weight(s[i, j * L + lane], highest[0]),
                     T.float32(0),
                 )
             for lane in T.vectorized(L):
@@ -84,6 +87,7 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
 
     return Scoring(
         accumulate=lambda acc, q, k: acc + q * k,
+        weight=weight,
         start=start,
         weigh=weigh,
         rescales=True,
