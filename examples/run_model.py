@@ -16,8 +16,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python examples/run_model.py MODEL.so")
     path = sys.argv[1]
+    load = mega_tvm.load  # imported at its first use: not what is timed here
     start = time.perf_counter()
-    model = mega_tvm.load(path, num_threads=1)
+    model = load(path, num_threads=1)
     print(f"loaded {path} in {1e3 * (time.perf_counter() - start):.1f} ms")
     random = np.random.default_rng(0)
     for entry in model.entries:

@@ -81,7 +81,7 @@ def write_artifact(
         type that the format lacks.
     """
     path = Path(os.path.abspath(path))
-    _check_destination(path)
+    check_destination(path)
     _check_linker()
     table = _describe(tensors)
     # What is wrong with the manifest is told before linking, with a library's fields made up.
@@ -106,7 +106,13 @@ def write_artifact(
     return path
 
 
-def _check_destination(path: Path) -> None:
+def check_destination(path: Path) -> None:
+    """Refuse a path that no library can be written to.
+
+    Raises
+    ------
+    CompileError
+    """
     if path.suffix != ".so":
         raise CompileError(f"{path}: expected a name that ends in .so, such as {path.name}.so")
     if not path.parent.is_dir():

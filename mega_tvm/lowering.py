@@ -10,6 +10,8 @@ from tvm import s_tir, tirx
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
 
 CPU_PIPELINE = "mega_cpu"
+# Marks a kernel that is called on addresses, see `mega_tvm.aot`.
+C_FUNCTION_ATTR = "mega.c_function"
 
 
 @tvm.transform.module_pass(opt_level=0, name="KeepLocalsOnStack")
@@ -37,9 +39,43 @@ def keep_locals_on_stack(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
     return tvm.IRModule(functions, attrs=mod.attrs)
 
 
+@tvm.transform.module_pass(opt_level=0, name="AllocateOnCpu")
+def allocate_on_cpu(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+    """Say where a C function's own buffers lie; a packed function has that from its arguments.
+
+    It must stand around the allocations, which storage rewrite has moved to the top by now.
+    """
+    functions = {}
+    for gvar, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc) and C_FUNCTION_ATTR in func.attrs:
+            body = func.body
+            cpu = int(tvm.cpu().dlpack_device_type())
+            for key, value in (("device_id", 0), ("device_type", cpu)):
+                body = tirx.AttrStmt("default", key, tirx.const(value, "int32"), body)
+            func = func.with_body(body)
+        functions[gvar] = func
+    return tvm.IRModule(functions, attrs=mod.attrs)
+
+
+@tvm.transform.module_pass(opt_level=0, name="KeepCFunctionsPrivate")
+def keep_c_functions_private(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+    """Take back the symbol that Relax gives to every PrimFunc: with one, it would become packed."""
+    functions = {
+        gvar: func.without_attr("global_symbol")
+        if isinstance(func, tirx.PrimFunc) and C_FUNCTION_ATTR in func.attrs
+        else func
+        for gvar, func in mod.functions.items()
+    }
+    return tvm.IRModule(functions, attrs=mod.attrs)
+
+
 def _cpu_pipeline() -> tuple[Any, Any, Any]:
     lower, finalize_host, finalize_device = s_tir.pipeline.default_s_tir_pipeline()
-    return tvm.transform.Sequential([lower, keep_locals_on_stack]), finalize_host, finalize_device
+    return (
+        tvm.transform.Sequential([lower, keep_locals_on_stack, allocate_on_cpu]),
+        finalize_host,
+        finalize_device,
+    )
 
 
 register_tir_pipeline(CPU_PIPELINE, _cpu_pipeline)

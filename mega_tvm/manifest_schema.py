@@ -114,6 +114,7 @@ _ENTRY = Field(
         "seq_len": Field(int, _NULL),
         "input": _ARRAY,
         "output": _ARRAY,
+        "workspace": Field(int),
     },
 )
 _TENSOR = Field(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax, tirx
@@ -29,8 +30,9 @@ from schedules.common.spec import SPEC_ATTR
 from schedules.generic.cpu import schedule as generic_schedule
 from schedules.registry import hand_schedule, kernel_op
 
+from .aot import RUN_SUFFIX, add_run_functions, tensor_block
 from .errors import CompileError, UnsupportedModelError
-from .lowering import CPU_PIPELINE
+from .lowering import CPU_PIPELINE, keep_c_functions_private
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .targets import CpuTarget
@@ -46,9 +48,11 @@ class Compiled:
     Parameters
     ----------
     executable : relax.VMExecutable
-        Each entry is a function ``(x, tensors)``.
+        Each entry twice: ``<entry>__run``, see `mega_tvm.aot`, and ``(x, tensors)`` for the VM.
     tensors : list of array
-        What every entry takes as its second argument, a tuple.
+        The packed constants.
+    workspaces : dict of str to int
+        Bytes of workspace that ``<entry>__run`` takes.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries).
@@ -58,14 +62,22 @@ class Compiled:
 
     executable: Any
     tensors: list[npt.NDArray[Any]]
+    workspaces: dict[str, int]
     kernels: list[dict[str, Any]]
     seconds: dict[str, float]
 
-    def arguments(self) -> list[Any]:
-        """Return what an entry takes after its input: a tuple of the tensors, if there are any."""
-        if not self.tensors:
-            return []
-        return [tvm.runtime.convert([tvm.runtime.tensor(array) for array in self.tensors])]
+    def run(
+        self, entry: str, x: npt.NDArray[np.float32], out_shape: tuple[int, ...]
+    ) -> npt.NDArray[np.float32]:
+        """Run an entry in this process, before anything is written."""
+        function = self.executable.mod.get_function(entry + RUN_SUFFIX, query_imports=True)
+        block = tensor_block(self.tensors)
+        workspace = np.zeros(self.workspaces[entry], np.uint8)
+        output = np.full(out_shape, np.nan, np.float32)
+        arguments = [tvm.runtime.tensor(array) for array in (x, block, workspace, output)]
+        function(*arguments)
+        result: npt.NDArray[np.float32] = arguments[-1].numpy()
+        return result
 
 
 def run_pipeline(
@@ -120,11 +132,12 @@ def run_pipeline(
         mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled))
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
+        mod, workspaces = add_run_functions(mod, tensors)
         executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         _write(debug_dump / "5_lower.s", assembly)
-    return Compiled(executable, tensors, kernels, seconds)
+    return Compiled(executable, tensors, workspaces, kernels, seconds)
 
 
 def check_pass_names(names: Collection[str]) -> None:
@@ -208,6 +221,7 @@ def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
             relax.transform.AttachGlobalSymbol(),
+            keep_c_functions_private,
         ]
     )
     return relax.build(mod, target, relax_pipeline=to_vm, tir_pipeline=CPU_PIPELINE)
@@ -233,7 +247,7 @@ def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
             spec = json.loads(str(func.attrs[SPEC_ATTR])) if SPEC_ATTR in func.attrs else None
             kernels.append(
                 {
-                    "name": gvar.name_hint,
+                    "name": str(gvar.name_hint),
                     "op": kernel_op(func) or "generic",
                     "spec": spec,
                     "schedule": str(func.attrs[SCHEDULE_ATTR]),

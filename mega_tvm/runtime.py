@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
-from mega_tvm.errors import DamagedArtifactError, IncompatibleArtifactError, InputError
+from mega_tvm.errors import (
+    DamagedArtifactError,
+    IncompatibleArtifactError,
+    InputError,
+    MegaError,
+)
 from mega_tvm.inputs import (
     CPU,
     aligned_empty,
@@ -37,7 +42,7 @@ from mega_tvm.runtime_library import (
     load_module,
     runtime_library,
 )
-from mega_tvm.tensor_memory import load_tensors
+from mega_tvm.tensor_memory import Tensors, load_tensors
 
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
@@ -53,26 +58,43 @@ class Entry:
         The function in the library.
     input_shape, output_shape : tuple of int
         ``[B, T, embed]`` and ``[B, hidden]``, both float32.
+    workspace : int
+        Bytes that a call needs for intermediates.
     """
 
     name: str
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    workspace: int
+
+
+class _Scratch:
+    """One thread's memory for one entry: a workspace, and an input for arrays to copy into."""
+
+    def __init__(self, entry: Entry) -> None:
+        workspace = aligned_empty((-(-entry.workspace // 4),)).view(np.uint8)
+        self.workspace = tvm_ffi.from_dlpack(workspace, require_alignment=ALIGNMENT)
+        self._shape = entry.input_shape
+
+    @functools.cached_property
+    def x(self) -> npt.NDArray[np.float32]:
+        """The input."""
+        return aligned_empty(self._shape)
 
 
 class Model:
     """A loaded model. Make one with `load`.
 
-    A model may be called from several threads at once: each has a virtual machine and an input
-    buffer of its own (16 us and one input's size), and all share the tensors.
+    A model may be called from several threads at once: each has a workspace of its own, and all
+    share the code and the tensors.
 
     Parameters
     ----------
     path : Path
     manifest : dict
-    load_executable : callable
-        Makes a virtual machine of the library, and keeps it loaded.
-    tensors : tvm_ffi.Array
+    module : tvm_ffi.Module
+        The loaded library.
+    tensors : Tensors
     library : RuntimeLibrary
     num_threads : int
     """
@@ -81,25 +103,26 @@ class Model:
         self,
         path: Path,
         manifest: dict[str, Any],
-        load_executable: Callable[[], Any],
-        tensors: tvm_ffi.Array,
+        module: tvm_ffi.Module,
+        tensors: Tensors,
         library: RuntimeLibrary,
         num_threads: int,
     ) -> None:
         self._path = path
         self._manifest = manifest
-        self._load_executable = load_executable
+        self._module = module
         self._tensors = tensors
-        self._more_arguments = (tensors,) if len(tensors) else ()
         self._library = library
         self._num_threads = num_threads
         self._local = threading.local()
         self._entries = tuple(
-            Entry(e["name"], tuple(e["input"]["shape"]), tuple(e["output"]["shape"]))
+            Entry(
+                e["name"], tuple(e["input"]["shape"]), tuple(e["output"]["shape"]), e["workspace"]
+            )
             for e in manifest["entries"]
         )
         self._by_shape = {entry.input_shape: entry for entry in self._entries}
-        self._functions()  # so that what the library lacks is told when it is loaded
+        self._functions = {entry.name: self._function(entry) for entry in self._entries}
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -118,8 +141,8 @@ class Model:
 
     @property
     def tensors(self) -> tvm_ffi.Array:
-        """What entry functions take as their second argument; if it is empty, they take none."""
-        return self._tensors
+        """The packed weights, views of one block of memory."""
+        return self._tensors.views
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
@@ -157,17 +180,26 @@ class Model:
             raise InputError(f"expected finite values, found {non_finite(array)}")
         flags = array.flags
         if not (flags.c_contiguous and flags.writeable and is_aligned(array)):
-            buffer = self._buffer(entry)
+            buffer = self._scratch(entry).x
             np.copyto(buffer, array)
             array = buffer
-        output = np.from_dlpack(self.invoke(self._functions()[entry.name], array))
-        if output.shape != entry.output_shape or output.dtype != np.float32:
+        output = aligned_empty(entry.output_shape)
+        self._library.use_threads(self._num_threads)
+        arguments = (
+            tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT),
+            self._tensors.block,
+            self._scratch(entry).workspace,
+            tvm_ffi.from_dlpack(output, require_alignment=ALIGNMENT),
+        )
+        try:
+            status = self._functions[entry.name](*arguments)
+        except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
             raise DamagedArtifactError(
-                f"{self._path}: {entry.name} returned {output.dtype} {list(output.shape)}; its "
-                f"manifest says float32 {list(entry.output_shape)}"
-            )
-        # A copy: the library may return its input, one of the tensors, or memory of its pool.
-        return np.array(output, dtype=np.float32)
+                f"{self._path}: the library does not take what its manifest says: {error}"
+            ) from error
+        if status != 0:
+            raise MegaError(f"{self._path}: a kernel of {entry.name} failed: out of memory")
+        return output
 
     def warmup(self) -> None:
         """Run each entry once on zeros, so that the first real call finds code and pages ready."""
@@ -175,17 +207,17 @@ class Model:
             self(np.zeros(entry.input_shape, np.float32))
 
     def new_machine(self) -> Any:
-        """Return a new virtual machine, whose functions have the entries' names.
+        """Return a Relax virtual machine that computes the same, kernel by kernel.
 
-        It is for one thread at a time. `Model` has others for its own calls, so this one may be
-        instrumented (``machine["set_instrument"]``) without a trace in them.
+        Its functions have the entries' names. It is for one thread at a time, and for tracing
+        (``machine["set_instrument"]``): calls of the model do without one.
         """
-        machine = self._load_executable()
+        machine = self._module["vm_load_executable"]()
         machine["vm_initialization"](CPU, 0, _POOLED)
         return machine
 
     def invoke(self, function: Any, x: npt.NDArray[np.float32]) -> Any:
-        """Call a machine's function as a call of the model does.
+        """Call a machine's function on as many threads as a call of the model.
 
         Parameters
         ----------
@@ -200,34 +232,27 @@ class Model:
             Memory of the machine's pool.
         """
         self._library.use_threads(self._num_threads)
-        return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *self._more_arguments)
+        tensors = (self.tensors,) if len(self.tensors) else ()
+        return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *tensors)
 
-    def _functions(self) -> dict[str, Any]:
-        """Return the calling thread's functions by name."""
-        functions: dict[str, Any] | None = getattr(self._local, "functions", None)
-        if functions is None:
-            # A virtual machine holds the registers of a running call: one for each thread.
-            machine = self.new_machine()
-            functions = {}
-            for entry in self._entries:
-                try:
-                    functions[entry.name] = machine[entry.name]
-                except AttributeError as error:
-                    raise DamagedArtifactError(
-                        f"{self._path}: the manifest names an entry {entry.name!r}, which the "
-                        "library does not hold; compile the model again"
-                    ) from error
-            self._local.functions = functions
-            self._local.buffers = {}
-        return functions
+    def _function(self, entry: Entry) -> Any:
+        try:
+            return self._module.get_function(f"{entry.name}__run", query_imports=True)
+        except AttributeError as error:
+            raise DamagedArtifactError(
+                f"{self._path}: the manifest names an entry {entry.name!r}, which the library "
+                "does not hold; compile the model again"
+            ) from error
 
-    def _buffer(self, entry: Entry) -> npt.NDArray[np.float32]:
-        """Return the calling thread's aligned buffer for an entry's input."""
-        self._functions()
-        buffers: dict[tuple[int, ...], npt.NDArray[np.float32]] = self._local.buffers
-        if entry.input_shape not in buffers:
-            buffers[entry.input_shape] = aligned_empty(entry.input_shape)
-        return buffers[entry.input_shape]
+    def _scratch(self, entry: Entry) -> _Scratch:
+        """Return the calling thread's memory for an entry."""
+        scratches: dict[str, _Scratch] | None = getattr(self._local, "scratches", None)
+        if scratches is None:
+            scratches = self._local.scratches = {}
+        scratch = scratches.get(entry.name)
+        if scratch is None:
+            scratch = scratches[entry.name] = _Scratch(entry)
+        return scratch
 
     def _shape_message(self, found: tuple[int, ...]) -> str:
         shapes = [str(list(shape)) for shape in self._by_shape]
@@ -279,14 +304,13 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
             _check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
         try:
             module = load_module(path)
-            load_executable = module["vm_load_executable"]
         except Exception as error:  # the loader's, which are RuntimeError and others
             raise IncompatibleArtifactError(
                 f"{name}: the library is whole, but TVM cannot load it: {error}"
             ) from error
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise DamagedArtifactError(f"{name}: was replaced while it was loaded; load it again")
-    return Model(path, manifest, load_executable, tensors, library, threads)
+    return Model(path, manifest, module, tensors, library, threads)
 
 
 def _check_num_threads(num_threads: int) -> int:

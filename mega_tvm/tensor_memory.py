@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ import numpy as np
 import tvm_ffi
 
 from mega_tvm.artifact_format import read_tensors
+from mega_tvm.inputs import aligned_empty
 from mega_tvm.manifest_schema import ALIGNMENT
 
 _HUGE_PAGE = 2 << 20
@@ -18,13 +20,28 @@ _HUGE_PAGE = 2 << 20
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
-def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> tvm_ffi.Array:
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """A compiled model's tensors.
+
+    Parameters
+    ----------
+    block : tvm_ffi.Tensor
+        All bytes, as in the file, uint8.
+    views : tvm_ffi.Array of tvm_ffi.Tensor
+        Each tensor; the block lives as long as any of them.
+    """
+
+    block: tvm_ffi.Tensor
+    views: tvm_ffi.Array
+
+
+def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tensors:
     """Read and check a compiled model's tensors.
 
     Returns
     -------
-    tvm_ffi.Array of tvm_ffi.Tensor
-        Views of one buffer, which lives as long as any of them.
+    Tensors
 
     Raises
     ------
@@ -38,7 +55,9 @@ def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> tvm_
         count = int(np.prod(item["shape"], dtype=np.int64))
         array = np.frombuffer(blob, item["dtype"], count, item["offset"]).reshape(item["shape"])
         views.append(tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT))
-    return tvm_ffi.Array(views)
+    # Without tensors, kernels read none: any byte will do.
+    block = np.frombuffer(blob, np.uint8) if len(blob) else aligned_empty((1,)).view(np.uint8)
+    return Tensors(tvm_ffi.from_dlpack(block, require_alignment=ALIGNMENT), tvm_ffi.Array(views))
 
 
 def _reserve(size: int) -> memoryview:

@@ -63,8 +63,8 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
     dtype = str(mod["main"].ret_ty.dtype)
     if dtype != "float32":
         raise UnsupportedModelError(
-            f"{type(module).__name__} must return a float32 tensor; it returns {dtype}. End it with "
-            "x.float(), or keep the conversion outside the compiled module."
+            f"{type(module).__name__} must return a float32 tensor; it returns {dtype}. End it "
+            "with x.float(), or keep the conversion outside the compiled module."
         )
     return mod
 

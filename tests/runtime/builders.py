@@ -11,6 +11,9 @@ import numpy as np
 import tvm
 from tvm import relax, s_tir, te
 
+from mega_tvm.aot import add_run_functions
+from mega_tvm.pipeline import lower_phase
+
 SHORT, PAIR, LONG = (1, 4, 16), (2, 4, 16), (1, 4096, 64)
 BIAS = np.arange(16, dtype="float32")
 # The second lies behind 60 bytes of padding, and no entry reads it.
@@ -50,18 +53,24 @@ def build_executable(tensors=TENSORS):
     The bias is the second tensor; without tensors, the sum alone is computed.
     """
     builder = relax.BlockBuilder()
-    fields = [relax.TensorType(a.shape, a.dtype.name) for a in tensors]
     for name, shape in (("main", SHORT), ("main_b2", PAIR), ("long", LONG)):
         x = relax.Var("x", relax.TensorType(shape, "float32"))
-        pool = relax.Var("tensors", relax.TupleType(fields))
+        pool = relax.Var("tensors", relax.ObjectType())
         with builder.function(name, [x, pool] if tensors else [x]):
             with builder.dataflow():
                 kernel = builder.add_func(_column_sums(shape, bool(tensors)), f"column_sums_{name}")
                 out = relax.TensorType((shape[0], shape[2]), "float32")
-                bias = [builder.emit(relax.TupleGetItem(pool, 1))] if tensors else []
+                fetch = relax.call_pure_packed(
+                    "vm.builtin.tuple_getitem",
+                    pool,
+                    relax.prim_value(1),
+                    ty_args=[relax.TensorType(BIAS.shape, "float32")],
+                )
+                bias = [builder.emit(fetch)] if tensors else []
                 y = builder.emit_output(relax.call_tir(kernel, [x, *bias], out))
             builder.emit_func_output(y)
-    return tvm.compile(builder.get(), tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
+    mod, _ = add_run_functions(builder.get(), list(tensors))
+    return lower_phase(mod, tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
 
 
 def _entry(name, shape):
@@ -72,6 +81,7 @@ def _entry(name, shape):
         "seq_len": length,
         "input": {"shape": list(shape), "dtype": "float32"},
         "output": {"shape": [batch, width], "dtype": "float32"},
+        "workspace": 64,
     }
 
 

@@ -152,7 +152,7 @@ def test_a_missing_entry_is_named(edited):
 
 def test_an_output_that_the_manifest_does_not_announce_is_refused(edited):
     model = load(edited(lambda m: m["entries"][0]["output"].update(shape=[1, 17])))
-    with pytest.raises(DamagedArtifactError, match=r"returned float32 \[1, 16\]"):
+    with pytest.raises(DamagedArtifactError, match=r"does not take what its manifest says"):
         model(np.zeros((1, 4, 16), np.float32))
 
 
@@ -170,7 +170,7 @@ def test_a_library_without_a_virtual_machine(edited, artifact):
     }
     path = edited(lambda m: None)
     path.write_bytes(join(other + bytes(padding), json.dumps(manifest).encode()))
-    with pytest.raises(IncompatibleArtifactError, match=r"cannot load it: .*vm_load_executable"):
+    with pytest.raises(DamagedArtifactError, match=r"entry 'main', which the library does not"):
         load(path)
 
 
