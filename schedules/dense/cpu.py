@@ -5,7 +5,10 @@
    ``x`` stays in L2 while the weights stream past it once a block.
 3. A register tile of ``tile_m`` rows by one panel accumulates over all of k: each k step loads the
    panel's vectors once, and each of them meets ``tile_m`` broadcast elements of ``x``.
-4. Bias starts the accumulators; residual, sigmoid or SwiGLU are applied to them on the way out.
+4. Meanwhile the next panel is prefetched into L2, a line a k step: a model's weights do not fit in
+   L2 from one call to the next, and panels are too short for the hardware's streams to settle.
+   Behind the last panel lies the next kernel's, since tensors lie in the order of their use.
+5. Bias starts the accumulators; residual, sigmoid or SwiGLU are applied to them on the way out.
 
 Rows that no tile divides get a second, lower tile; columns that no panel divides get a narrower
 panel; columns that no vector divides are stored by a shorter vector. Nothing is computed twice.
@@ -29,6 +32,8 @@ from .packing import PanelLayout
 # Rows of x that share one pass over the weights: 120 rows of k = 256 are 120 KB, an eighth of the
 # L2 beside the panel's 64 KB.
 BLOCK_M = 120
+LINE = 16  # float32 of a cache line
+READ, INTO_L2, DATA = 0, 2, 1  # the prefetch intrinsic's arguments
 
 
 def schedule(sch: Schedule, target: Target) -> None:
@@ -36,7 +41,7 @@ def schedule(sch: Schedule, target: Target) -> None:
 
     ``tile_m`` rows by ``panel_vectors`` vectors is the register tile: it fills the register file up
     to the vectors of one k step. ``block_m`` is the number of rows that share a pass over the
-    weights.
+    weights. ``prefetch`` says whether the next panel is fetched ahead.
     """
     spec = DenseSpec.of(sch.mod["main"])
     unit = vector_unit(target)
@@ -45,6 +50,7 @@ def schedule(sch: Schedule, target: Target) -> None:
     widths = {2, 4, 6, 8} if spec.swiglu else {1, 2, 3, 4, 6, 8}
     decisions.sample(sch, "panel_vectors", sorted(widths | {panel_vectors}), panel_vectors)
     decisions.sample(sch, "block_m", sorted({60, 120, 240, BLOCK_M}), BLOCK_M)
+    decisions.sample(sch, "prefetch", [0, 1], 1)
 
 
 def default_tile(spec: DenseSpec, unit: VectorUnit) -> tuple[int, int]:
@@ -83,11 +89,14 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     chosen = decisions.read(func)
     lanes = vector_unit(target).lanes
     layout = PanelLayout(spec, lanes, chosen["panel_vectors"] * lanes)
-    kernel = _kernel(spec, layout, min(chosen["tile_m"], row_count(spec.lead)), chosen["block_m"])
+    tile_m = min(chosen["tile_m"], row_count(spec.lead))
+    kernel = _kernel(spec, layout, tile_m, chosen["block_m"], prefetch=bool(chosen["prefetch"]))
     return ScheduledKernel(kernel, {1: layout.pack_weight, 2: layout.pack_bias})
 
 
-def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> tirx.PrimFunc:
+def _kernel(
+    spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int, *, prefetch: bool
+) -> tirx.PrimFunc:
     M, K, L = row_count(spec.lead), spec.k, layout.lanes
     width, panels, full_panels = layout.width, layout.panels, layout.full_panels
     tail_width, size, padded_n = layout.tail_width, layout.size, layout.padded_n
@@ -101,6 +110,10 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
     tiles_per_block = max(1, block_m // tile_m)
     block_rows = tiles_per_block * tile_m
     blocks = -(-M // block_rows)
+    # Tiles that share a panel, and lines of it that each of them fetches ahead a k step.
+    sharing = min(tiles_per_block, tile_rows // tile_m)
+    lines = width // LINE
+    lines_a_tile = -(-lines // sharing) if prefetch and sharing > 1 and lines > 0 else 0
 
     def epilogue(acc, i, j, lane, col):
         value = acc[i, j * step * L + lane]
@@ -111,8 +124,7 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
         return value
 
     @T.inline
-    def store(acc, residual, y, m, i, j, col, n):
-        # n columns of output vector j of row i
+    def store_all(acc, residual, y, m, i, j, col, n):
         for lane in T.vectorized(n):
             if has_residual:
                 y[m + i, col + lane] = residual[m + i, col + lane] + epilogue(
@@ -122,7 +134,19 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
                 y[m + i, col + lane] = epilogue(acc, i, j, lane, col + lane)
 
     @T.inline
-    def tile(x, w, b, residual, y, m, panel, tile_rows, vectors):
+    def store(acc, residual, y, m, i, j, col, n):
+        # n columns of output vector j of row i
+        if has_sigmoid:
+            if col + n <= sigmoid_from:
+                for lane in T.vectorized(n):
+                    y[m + i, col + lane] = acc[i, j * L + lane]
+            else:
+                store_all(acc, residual, y, m, i, j, col, n)
+        else:
+            store_all(acc, residual, y, m, i, j, col, n)
+
+    @T.inline
+    def tile(x, w, b, residual, y, m, panel, tile_rows, vectors, t, ahead):
         acc = T.alloc_buffer((tile_rows, vectors * L), "float32", scope="local")
         base = T.meta_var(panel * (width * K))
         col = T.meta_var(panel * (width // step))
@@ -131,6 +155,19 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
                 for lane in T.vectorized(L):
                     acc[i, j * L + lane] = b[panel * width + j * L + lane]
         for k in T.serial(K):
+            for line in T.unroll(ahead):
+                # The last lines again, where the tiles are more than the lines.
+                at = T.meta_var(T.min(t * ahead + line, lines - 1) * LINE)
+                T.evaluate(
+                    T.call_intrin(
+                        "void",
+                        "tirx.prefetch",
+                        T.address_of(w[base + width * K + k * width + at]),
+                        READ,
+                        INTO_L2,
+                        DATA,
+                    )
+                )
             for i in T.unroll(tile_rows):
                 for j in T.unroll(vectors):
                     for lane in T.vectorized(L):
@@ -149,16 +186,16 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
                         store(acc, residual, y, m, i, j, col + j * L, ragged)
 
     @T.inline
-    def panel_rows(x, w, b, residual, y, m, panel, tile_rows):
+    def panel_rows(x, w, b, residual, y, m, panel, tile_rows, t, ahead):
         if tail_width == 0:
-            tile(x, w, b, residual, y, m, panel, tile_rows, width // L)
+            tile(x, w, b, residual, y, m, panel, tile_rows, width // L, t, ahead)
         elif full_panels == 0:
-            tile(x, w, b, residual, y, m, 0, tile_rows, tail_width // L)
+            tile(x, w, b, residual, y, m, 0, tile_rows, tail_width // L, t, 0)
         else:
             if panel < full_panels:
-                tile(x, w, b, residual, y, m, panel, tile_rows, width // L)
+                tile(x, w, b, residual, y, m, panel, tile_rows, width // L, t, ahead)
             else:
-                tile(x, w, b, residual, y, m, full_panels, tile_rows, tail_width // L)
+                tile(x, w, b, residual, y, m, full_panels, tile_rows, tail_width // L, t, 0)
 
     @T.inline
     def body(x_nd, w, b, residual_nd, y_nd):
@@ -171,10 +208,11 @@ def _kernel(spec: DenseSpec, layout: PanelLayout, tile_m: int, block_m: int) -> 
             for t in T.serial(
                 T.min(tiles_per_block, tile_rows // tile_m - block * tiles_per_block)
             ):
-                panel_rows(x, w, b, residual, y, block * block_rows + t * tile_m, panel, tile_m)
+                m = T.meta_var(block * block_rows + t * tile_m)
+                panel_rows(x, w, b, residual, y, m, panel, tile_m, t, lines_a_tile)
             if last_rows > 0:
                 if block == blocks - 1:
-                    panel_rows(x, w, b, residual, y, tile_rows, panel, last_rows)
+                    panel_rows(x, w, b, residual, y, tile_rows, panel, last_rows, 0, 0)
 
     in_shape, out_shape = (*spec.lead, K), (*spec.lead, out_n)
     if has_residual:

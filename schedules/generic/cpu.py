@@ -1,7 +1,8 @@
 """How any other operator runs on x86, so that no loop ships as it was written.
 
 1. Elementwise producers are inlined into their consumers.
-2. A matrix-vector product or a reduction goes to TVM's own CPU rules (``dlight``).
+2. A matrix-vector product or a reduction goes to TVM's own CPU rules (``dlight``), unless they
+   leave it without vectors, as they do a batched matrix product.
 3. Of what is left, each block gets its reduction loops moved outside a vectorized innermost spatial
    loop, and its outer spatial loops in parallel where there is enough work.
 
@@ -12,6 +13,7 @@ comes here is small beside it.
 from __future__ import annotations
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import Schedule, dlight
 from tvm.s_tir.schedule import LoopRV, SBlockRV
@@ -28,13 +30,24 @@ def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
     with target:
         mod = tvm.IRModule({"main": func})
         mod = dlight.ApplyDefaultSchedule(dlight.cpu.GEMV(), dlight.cpu.Reduction())(mod)
-    if "tirx.is_scheduled" in mod["main"].attrs:
+    if "tirx.is_scheduled" in mod["main"].attrs and _has_vectors(mod["main"]):
         return mod["main"]
-    sch = Schedule(mod)
+    sch = Schedule(tvm.IRModule({"main": func}))
     _inline(sch)
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         _schedule_block(sch, block, vector_unit(target).lanes)
     return sch.mod["main"]
+
+
+def _has_vectors(func: tirx.PrimFunc) -> bool:
+    found: list[tirx.For] = []
+
+    def note(loop: tirx.For) -> None:
+        if loop.kind == tirx.ForKind.VECTORIZED:
+            found.append(loop)
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, note)])
+    return bool(found)
 
 
 def _inline(sch: Schedule) -> None:
