@@ -24,7 +24,6 @@ from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
 
-
 # Components that are transposed together, a cache line of a key.
 PACK = 16
 
