@@ -115,35 +115,34 @@ def _kernel(
     lines = width // LINE
     lines_a_tile = -(-lines // sharing) if prefetch and sharing > 1 and lines > 0 else 0
 
-    def epilogue(acc, i, j, lane, col):
+    def epilogue(acc, i, j, lane, col, activate):
         value = acc[i, j * step * L + lane]
         if swiglu:
             return silu(value) * acc[i, (j * step + 1) * L + lane]
-        if has_sigmoid:
+        if activate:
             return T.Select(col >= sigmoid_from, sigmoid(value), value)
         return value
 
     @T.inline
-    def store_all(acc, residual, y, m, i, j, col, n):
+    def store_vector(acc, residual, y, m, i, j, col, n, activate):
+        # n columns of output vector j of row i
         for lane in T.vectorized(n):
             if has_residual:
                 y[m + i, col + lane] = residual[m + i, col + lane] + epilogue(
-                    acc, i, j, lane, col + lane
+                    acc, i, j, lane, col + lane, activate
                 )
             else:
-                y[m + i, col + lane] = epilogue(acc, i, j, lane, col + lane)
+                y[m + i, col + lane] = epilogue(acc, i, j, lane, col + lane, activate)
 
     @T.inline
     def store(acc, residual, y, m, i, j, col, n):
-        # n columns of output vector j of row i
         if has_sigmoid:
-            if col + n <= sigmoid_from:
-                for lane in T.vectorized(n):
-                    y[m + i, col + lane] = acc[i, j * L + lane]
+            if col + n <= sigmoid_from:  # columns without one are spared its 25 instructions
+                store_vector(acc, residual, y, m, i, j, col, n, False)
             else:
-                store_all(acc, residual, y, m, i, j, col, n)
+                store_vector(acc, residual, y, m, i, j, col, n, True)
         else:
-            store_all(acc, residual, y, m, i, j, col, n)
+            store_vector(acc, residual, y, m, i, j, col, n, False)
 
     @T.inline
     def tile(x, w, b, residual, y, m, panel, tile_rows, vectors, t, ahead):
