@@ -118,6 +118,7 @@ def test_plot_is_drawn(finished: tuple[str, Path], lengths: tuple[int, ...]) -> 
 
 
 def test_plot_without_times_is_refused() -> None:
+    pytest.importorskip("matplotlib", reason="extra: bench")
     from mega_tvm.bench.plot import plot
 
     with pytest.raises(ValueError, match="nothing to plot"):

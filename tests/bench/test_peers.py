@@ -55,6 +55,7 @@ def test_long_sequences_are_chunked_and_blocked(tiny: Tiny, name: str, pruned: b
 @pytest.mark.parametrize("T", [1, 7, 60])
 @LAPLACE
 def test_jax_agrees(tiny: Tiny, T: int, laplace: bool) -> None:
+    pytest.importorskip("jax", reason="extra: bench")
     pruned = T != 7
     # Of each attention form, the last of its variants: merged where the graph is pruned.
     forms = {form.attention: form for form in PEERS["jax"].forms(tiny(T, laplace), pruned)}

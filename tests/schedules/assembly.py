@@ -154,12 +154,21 @@ def product_loops(text: str) -> list[Loop]:
     Loops with a rounding or a division are exponentials, sigmoids or normalizations: elementwise
     work, which stores its results.
     """
-    return [loop for loop in _accumulations(text) if any(i.is_fma for i in loop.body)]
+    return [
+        loop
+        for loop in _accumulations(text)
+        if any(i.is_fma for i in loop.body) and not _sums_distances(loop)
+    ]
 
 
 def distance_loops(text: str) -> list[Loop]:
     """Return the innermost loops that sum absolute differences."""
-    return [loop for loop in _accumulations(text) if {"vsubps", "vaddps"} <= loop.opcodes()]
+    return [loop for loop in _accumulations(text) if _sums_distances(loop)]
+
+
+def _sums_distances(loop: Loop) -> bool:
+    opcodes = loop.opcodes()
+    return "vsubps" in opcodes and any(opcode.startswith("vand") for opcode in opcodes)
 
 
 def _accumulations(text: str) -> list[Loop]:
