@@ -2,7 +2,7 @@
 
 Channels are lanes, time is sequential, the state lives in registers. A step waits for the FMA of
 the one before (4 cycles); ``group`` vectors of channels run side by side in that shadow. At D = 16
-a scan of 4096 steps takes 4 us, a thousandth of the attention of that length: a chunked (Toeplitz)
+a scan of 4096 steps takes 5 us, a thousandth of the attention of that length: a chunked (Toeplitz)
 scan, which buys parallelism over time with more arithmetic, would gain nothing here.
 """
 
