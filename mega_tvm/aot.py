@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax, tirx
-from tvm.ir import Call, GlobalVar, Op
+from tvm.ir import Call, GlobalVar
 from tvm.script import tirx as T
 
 from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
 from .manifest_schema import ALIGNMENT, round_up
 from .passes.rewrite import Graph, variables
-from .relax_ops import shape_of
+from .relax_ops import is_op, shape_of
 
 RUN_SUFFIX = "__run"
 
@@ -78,7 +78,7 @@ def add_run_functions(
             name = f"{gvar.name_hint}{RUN_SUFFIX}"
             run = _run_function(Graph(func), plain, offsets)
             builder.add_func(run.func.with_attr("global_symbol", name), name)
-            workspaces[gvar.name_hint] = max(run.workspace, ALIGNMENT)
+            workspaces[gvar.name_hint] = run.workspace
     return builder.get(), workspaces
 
 
@@ -157,21 +157,22 @@ def _run_function(
     places: dict[relax.Var, _Place] = {func.params[0]: ("x", 0)}
     calls: list[_KernelCall] = []
     for step, (var, value) in enumerate(graph.bindings):
-        if _is_op(value, "call_tir"):
+        if is_op(value, "call_tir"):
             if var == result:
                 places[var] = ("y", 0)
             else:
                 places[var] = ("workspace", workspace.place(var, _nbytes(var)))
             operands = [places[_resolve(arg, graph)] for arg in value.args[1].fields]
             calls.append((value.args[0].name_hint, [*operands, places[var]]))
-        elif _is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
+        elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
             places[var] = ("tensors", tensor_starts[int(value.args[2].value)])
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
     if places.get(result, ("", 0))[0] != "y":
         raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
-    return RunFunction(_emit(graph, calls, kernels, workspace.size, result), workspace.size)
+    size = max(workspace.size, ALIGNMENT)
+    return RunFunction(_emit(graph, calls, kernels, size), size)
 
 
 def _emit(
@@ -179,12 +180,11 @@ def _emit(
     calls: list[_KernelCall],
     kernels: Mapping[str, GlobalVar],
     workspace_bytes: int,
-    result: relax.Var,
 ) -> tirx.PrimFunc:
     buffers = {
         "x": tirx.decl_buffer(shape_of(graph.func.params[0]), "float32", "x"),
         "tensors": tirx.decl_buffer((tirx.Var("tensor_bytes", "int64"),), "uint8", "tensors"),
-        "workspace": tirx.decl_buffer((max(workspace_bytes, ALIGNMENT),), "uint8", "workspace"),
+        "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
         "y": tirx.decl_buffer(shape_of(graph.func.body.body), "float32", "y"),
     }
 
@@ -214,7 +214,7 @@ def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
         value = graph.values.get(expr)
         if isinstance(value, relax.Var):
             expr = value
-        elif value is not None and _is_op(value, "reshape"):
+        elif value is not None and is_op(value, "reshape"):
             expr = value.args[0]
         else:
             break
@@ -223,7 +223,3 @@ def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
 
 def _nbytes(var: relax.Var) -> int:
     return math.prod(shape_of(var)) * np.dtype(str(var.ty.dtype)).itemsize
-
-
-def _is_op(expr: relax.Expr, name: str) -> bool:
-    return isinstance(expr, relax.Call) and expr.op == Op.get(f"relax.{name}")

@@ -2,7 +2,7 @@
 
 Constants could stay in the VM's executable, but then they lie in the library's data and again on
 the heap, each entry has its own, and TVM writes a line to standard error for each one that it
-loads. As a tuple that the caller passes, they are read once, and all entries share them.
+loads. Passed in by the caller, they are read once, and all entries share them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax, tirx
-from tvm.ir import GlobalVar, Op
+from tvm.ir import GlobalVar
 from tvm.ir.expr import GenericConst
 
 from schedules.common.kernel import ScheduledKernel
 
 from .errors import CompileError
 from .passes.rewrite import Graph
+from .relax_ops import is_op
 
 Array = npt.NDArray[Any]
 
@@ -90,7 +91,7 @@ def _collect(graph: Graph, scheduled: Mapping[str, ScheduledKernel], pool: _Tens
     places: _Places = []
     for _, value in graph.bindings:
         place: dict[int, int] = {}
-        if _is_call_tir(value):
+        if is_op(value, "call_tir"):
             name = value.args[0].name_hint
             pack = scheduled[name].pack if name in scheduled else {}
             for index, field in enumerate(value.args[1].fields):
@@ -134,7 +135,7 @@ def _rebuild(
         with builder.dataflow():
             for (var, value), place in zip(graph.bindings, places, strict=True):
                 new = graph.renew(value)
-                if _is_call_tir(value):
+                if is_op(value, "call_tir"):
                     fields = list(new.args[1].fields)
                     for index, tensor in place.items():
                         fields[index] = fetch(tensor)
@@ -144,7 +145,3 @@ def _rebuild(
             result = builder.emit_output(graph.renew(graph.func.body.body))
         builder.emit_func_output(result)
     return builder.get()[name]
-
-
-def _is_call_tir(expr: relax.Expr) -> bool:
-    return isinstance(expr, relax.Call) and expr.op == Op.get("relax.call_tir")

@@ -4,7 +4,7 @@
 2. kernels   legalize to TensorIR: Mega's operators to their naive PrimFuncs, all others by TVM
 3. schedule  a schedule for every PrimFunc; nothing stays as it was written
 4. pack      weights into the layouts that the schedules want, and out of the module
-5. lower     Relax VM bytecode and LLVM code
+5. lower     one run function an entry (`mega_tvm.aot`), the same for the Relax VM, and LLVM code
 
 Packing stands behind scheduling, since a schedule's decisions choose the layout.
 """
