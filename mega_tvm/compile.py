@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         default="native",
         metavar="NAME",
-        help="native (default), x86-64-v3, x86-64-v4 or sapphirerapids",
+        help="native (default), x86-64-v3, x86-64-v4 or sapphirerapids; cuda, cuda-sm_80+sm_90",
     )
     add(
         "--weights",

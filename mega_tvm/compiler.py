@@ -15,6 +15,7 @@ import tvm
 from reference import MegaConfig
 
 from .artifact import check_destination, write_artifact
+from .cuda.target import CudaTarget
 from .errors import CompileError
 from .frontend.torch import import_module
 from .model_source import DEFAULT_SEED, ModelSource, resolve_model
@@ -53,7 +54,8 @@ def compile_model(
         A Mega, a module around one, or the path of a checkpoint (``.nx``, ``.safetensors``,
         ``.npz``, ``.pt``). A config alone gets fresh weights from ``seed``.
     target : str
-        ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``sapphirerapids``.
+        ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``sapphirerapids``; ``cuda``, or ``cuda-sm_90``
+        and the like.
     batch, seq_len : int or sequence of int
         Shapes to compile for: every batch with every length. ``seq_len`` defaults to the config's.
     input_shape : sequence of int, optional
@@ -83,7 +85,7 @@ def compile_model(
     CompileError, WeightsError, TargetError, UnsupportedModelError
         Each says what was expected, what came, and what to do. Nothing is written then.
     """
-    cpu_target = resolve_target(target)
+    resolved = resolve_target(target)
     if dtype not in DTYPES:
         raise CompileError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     check_destination(Path(os.path.abspath(output)))  # now, not after the compile
@@ -93,7 +95,7 @@ def compile_model(
     mod = _import(source.module, shapes)
     compiled = run_pipeline(
         mod,
-        cpu_target,
+        resolved,
         disabled_passes=disabled_passes,
         debug_dump=None if debug_dump is None else Path(debug_dump),
         on_phase=on_phase,
@@ -104,23 +106,38 @@ def compile_model(
         for name, shape in shapes.items()
     ]
     manifest = {
-        "target": {
-            "name": cpu_target.name,
-            "kind": "llvm",
-            "mcpu": cpu_target.mcpu,
-            "mattr": list(cpu_target.mattr),
-            "cpu_features": list(cpu_target.cpu_features),
-        },
+        "target": _describe_target(resolved),
         "dtype": dtype,
         "entries": entries,
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
         "disabled_passes": sorted(disabled_passes),
-        "parity": _parity(compiled, source, cpu_target, shapes, dtype),
+        "parity": _parity(compiled, source, resolved, shapes, dtype),
     }
     on_phase("link")
     return write_artifact(compiled.executable, manifest, output, compiled.tensors)
+
+
+def _describe_target(target: CpuTarget | CudaTarget) -> dict[str, Any]:
+    """Return the manifest's field about the target."""
+    if isinstance(target, CudaTarget):
+        return {
+            "name": target.name,
+            "kind": "cuda",
+            "mcpu": None,
+            "mattr": [],
+            "cpu_features": [],
+            "archs": [f"sm_{arch}" for arch in target.archs],
+            "ptx": None if target.ptx is None else f"compute_{target.ptx}",
+        }
+    return {
+        "name": target.name,
+        "kind": "llvm",
+        "mcpu": target.mcpu,
+        "mattr": list(target.mattr),
+        "cpu_features": list(target.cpu_features),
+    }
 
 
 def _shapes(
@@ -182,7 +199,7 @@ def _entry(name: str, shape: tuple[int, ...], mod: tvm.IRModule) -> dict[str, An
 def _parity(
     compiled: Compiled,
     source: ModelSource,
-    target: CpuTarget,
+    target: CpuTarget | CudaTarget,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
 ) -> dict[str, Any]:

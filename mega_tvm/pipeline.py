@@ -15,7 +15,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,13 @@ from tvm.ir import Op
 from schedules.common.kernel import ScheduledKernel
 from schedules.common.spec import SPEC_ATTR
 from schedules.generic.cpu import schedule as generic_schedule
+from schedules.generic.cuda import schedule as generic_cuda_schedule
 from schedules.registry import hand_schedule, kernel_op
 
 from .aot import RUN_SUFFIX, add_run_functions, tensor_block
+from .cuda.lowering import generated_source, lower_cuda
+from .cuda.passes import CUDA_PASSES
+from .cuda.target import CudaTarget
 from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE, keep_c_functions_private
 from .packing import pack_phase
@@ -49,10 +53,11 @@ class Compiled:
     ----------
     executable : relax.VMExecutable
         Each entry twice: ``<entry>__run``, see `mega_tvm.aot`, and ``(x, tensors)`` for the VM.
+        For a GPU, only the VM's.
     tensors : list of array
         The packed constants.
     workspaces : dict of str to int
-        Bytes of workspace that ``<entry>__run`` takes.
+        Bytes of workspace that ``<entry>__run`` takes; on a GPU, that all entries take.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries).
@@ -70,6 +75,8 @@ class Compiled:
         self, entry: str, x: npt.NDArray[np.float32], out_shape: tuple[int, ...]
     ) -> npt.NDArray[np.float32]:
         """Run an entry in this process, before anything is written."""
+        if not self.executable.mod.implements_function(entry + RUN_SUFFIX, query_imports=True):
+            return self._run_on_gpu(entry, x)
         function = self.executable.mod.get_function(entry + RUN_SUFFIX, query_imports=True)
         block = tensor_block(self.tensors)
         workspace = np.zeros(self.workspaces[entry], np.uint8)
@@ -79,10 +86,18 @@ class Compiled:
         result: npt.NDArray[np.float32] = arguments[-1].numpy()
         return result
 
+    def _run_on_gpu(self, entry: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        device = tvm.cuda(0)
+        machine = relax.VirtualMachine(self.executable, device)
+        tensors = [tvm.runtime.tensor(array, device) for array in self.tensors]
+        arguments = [tvm.runtime.tensor(x, device), *([tensors] if tensors else [])]
+        result: npt.NDArray[np.float32] = machine[entry](*arguments).numpy()
+        return result
+
 
 def run_pipeline(
     mod: tvm.IRModule,
-    target: CpuTarget,
+    target: CpuTarget | CudaTarget,
     *,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
@@ -94,7 +109,7 @@ def run_pipeline(
     ----------
     mod : tvm.IRModule
         As a frontend gives it: one Relax function an entry.
-    target : CpuTarget
+    target : CpuTarget or CudaTarget
     disabled_passes : collection of str
         Names from `mega_tvm.passes.OPTIONAL_PASSES`.
     debug_dump : Path, optional
@@ -126,15 +141,23 @@ def run_pipeline(
     if debug_dump is not None:
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
-        mod = phase("graph", lambda: graph_phase(mod, disabled_passes))
+        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+        mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
         mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled))
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
-        mod, workspaces = add_run_functions(mod, tensors)
-        executable = phase("lower", lambda: lower_phase(mod, tvm_target))
-    if debug_dump is not None:
+        if isinstance(target, CudaTarget):
+            entries = _entry_names(mod)
+            executable, workspace = phase("lower", lambda: lower_cuda(mod, target))
+            workspaces = dict.fromkeys(entries, max(workspace, 1))
+        else:
+            mod, workspaces = add_run_functions(mod, tensors)
+            executable = phase("lower", lambda: lower_phase(mod, tvm_target))
+    if debug_dump is not None and isinstance(target, CudaTarget):
+        _write(debug_dump / "5_lower.cu", generated_source(executable))
+    elif debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         _write(debug_dump / "5_lower.s", assembly)
     return Compiled(executable, tensors, workspaces, kernels, seconds)
@@ -142,18 +165,23 @@ def run_pipeline(
 
 def check_pass_names(names: Collection[str]) -> None:
     """Refuse names that are no optional pass."""
-    unknown = sorted(set(names) - set(OPTIONAL_PASSES))
+    optional = (*OPTIONAL_PASSES, *(p.info.name for p in CUDA_PASSES))
+    unknown = sorted(set(names) - set(optional))
     if unknown:
         raise CompileError(
             f"cannot switch off {', '.join(unknown)}: the passes that can be switched off are "
-            + ", ".join(OPTIONAL_PASSES)
+            + ", ".join(optional)
         )
 
 
-def graph_phase(mod: tvm.IRModule, disabled_passes: Collection[str] = ()) -> tvm.IRModule:
+def graph_phase(
+    mod: tvm.IRModule,
+    disabled_passes: Collection[str] = (),
+    passes: Sequence[tvm.transform.Pass] = GRAPH_PASSES,
+) -> tvm.IRModule:
     """Run the graph passes that are not switched off."""
-    passes = [p for p in GRAPH_PASSES if p.info.name not in disabled_passes]
-    return tvm.transform.Sequential(passes)(mod)
+    wanted = [p for p in passes if p.info.name not in disabled_passes]
+    return tvm.transform.Sequential(wanted)(mod)
 
 
 def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
@@ -197,7 +225,8 @@ def schedule_phase(
             continue
         op = kernel_op(func)
         if op is None:
-            new = generic_schedule(func, target).with_attr(SCHEDULE_ATTR, "generic")
+            generic = generic_cuda_schedule if target.kind.name == "cuda" else generic_schedule
+            new = generic(func, target).with_attr(SCHEDULE_ATTR, "generic")
         else:
             kernel = hand_schedule(func, target)
             scheduled[gvar.name_hint] = kernel
@@ -235,6 +264,10 @@ def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
                 for binding in block.bindings:
                     if isinstance(binding.value, relax.Call):
                         yield gvar.name_hint, binding.value
+
+
+def _entry_names(mod: tvm.IRModule) -> list[str]:
+    return [g.name_hint for g, func in mod.functions_items() if isinstance(func, relax.Function)]
 
 
 def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
