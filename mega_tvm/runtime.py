@@ -171,9 +171,7 @@ class Model:
             If ``x`` has another shape or dtype, or is not an array on the CPU.
         """
         array = as_array(x)
-        entry = self._by_shape.get(array.shape)
-        if entry is None:
-            raise InputError(self._shape_message(array.shape))
+        entry = self._entry(array.shape)
         if array.dtype != np.float32:  # '>f4' differs too
             raise InputError(dtype_message(array.dtype))
         if check_finite and not np.isfinite(array).all():
@@ -235,14 +233,27 @@ class Model:
         tensors = (self.tensors,) if len(self.tensors) else ()
         return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *tensors)
 
+    def fetch(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
+        """Copy a tensor that a machine computed."""
+        return np.from_dlpack(tensor).copy()
+
+    def _entry(self, shape: tuple[int, ...]) -> Entry:
+        entry = self._by_shape.get(shape)
+        if entry is None:
+            raise InputError(self._shape_message(shape))
+        return entry
+
     def _function(self, entry: Entry) -> Any:
         try:
             return self._module.get_function(f"{entry.name}__run", query_imports=True)
         except AttributeError as error:
-            raise DamagedArtifactError(
-                f"{self._path}: the manifest names an entry {entry.name!r}, which the library "
-                "does not hold; compile the model again"
-            ) from error
+            raise self._missing(entry) from error
+
+    def _missing(self, entry: Entry) -> DamagedArtifactError:
+        return DamagedArtifactError(
+            f"{self._path}: the manifest names an entry {entry.name!r}, which the library "
+            "does not hold; compile the model again"
+        )
 
     def _scratch(self, entry: Entry) -> _Scratch:
         """Return the calling thread's memory for an entry."""
@@ -288,7 +299,7 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
     DamagedArtifactError
         If its bytes are not what the compiler wrote.
     IncompatibleArtifactError
-        If it is not for this CPU or these versions, or TVM's runtime library is not found.
+        If it is not for this CPU or GPU or these versions, or a runtime library is not found.
     """
     threads = _check_num_threads(num_threads)
     path = Path(os.path.abspath(path))
@@ -302,6 +313,11 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
         library = runtime_library(path.parent)
         if library.version is not None:
             _check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
+        device = None
+        if manifest["target"]["kind"] == "cuda":
+            from mega_tvm.cuda.device import Device
+
+            device = Device(name, manifest["target"], library.path.parent)
         try:
             module = load_module(path)
         except Exception as error:  # the loader's, which are RuntimeError and others
@@ -310,6 +326,10 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
             ) from error
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise DamagedArtifactError(f"{name}: was replaced while it was loaded; load it again")
+    if device is not None:
+        from mega_tvm.cuda.model import CudaModel
+
+        return CudaModel(path, manifest, module, tensors, library, threads, device)
     return Model(path, manifest, module, tensors, library, threads)
 
 

@@ -14,10 +14,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import CompileError
-from .toolchain import wheel_folders
-
-LIBRARY = "libtvm_runtime_cuda.so"
-DRIVER, CUDART = "libcuda.so.1", "libcudart.so.13"
+from .nvidia_files import CUDART, DRIVER, RUNTIME, load_shared
 
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE and cudaErrorNoDevice
 _DRIVER_CALLS = (
@@ -55,28 +52,11 @@ def load_for_compiling() -> None:
     for name in (DRIVER, CUDART):
         if load_shared(name) is None:
             _kept.append(_stand_in(name))
-    path = importlib.metadata.distribution("apache-tvm").locate_file(f"tvm/lib/{LIBRARY}")
+    path = importlib.metadata.distribution("apache-tvm").locate_file(f"tvm/lib/{RUNTIME}")
     try:
         _kept.append(ctypes.CDLL(str(path)))
     except OSError as error:
         raise CompileError(f"{path}: TVM's CUDA runtime cannot be loaded: {error}") from error
-
-
-def load_shared(name: str) -> ctypes.CDLL | None:
-    """Load the driver's or the CUDA runtime's library, and return it, or None where it is not.
-
-    Looked for where the dynamic loader looks, in ``/usr/local/cuda``, and in NVIDIA's wheels.
-    """
-    folders = [Path("/usr/local/cuda/lib64"), Path("/usr/local/cuda/lib")]
-    folders += [folder / "lib" for folder in wheel_folders()]
-    for path in (Path(name), *(folder / name for folder in folders)):
-        try:
-            library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        _kept.append(library)
-        return library
-    return None
 
 
 def _stand_in(name: str) -> ctypes.CDLL:

@@ -8,9 +8,7 @@ needs neither nvcc nor nvrtc, and rounds as IEEE 754 says.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,36 +17,12 @@ from pathlib import Path
 import tvm_ffi
 
 from ..errors import CompileError, TargetError
+from .nvidia_files import find_tool
 from .target import CudaTarget
 
-# The newest release of CUDA that TVM 0.27's runtime links to, libcudart.so.13, is of this series.
 _WHEELS = "pip install 'mega-tvm[cuda]'"
 _CALLBACK = "tvm_callback_cuda_compile"
 _FLAGS = ("-O3", "-std=c++17", "-diag-suppress", "177,550")  # 177, 550: variables that go unused
-
-
-def find_tool(name: str) -> Path | None:
-    """Return the path of one of NVIDIA's tools, or None.
-
-    Looked for in this order: the variables ``CUDA_HOME`` and ``CUDA_PATH``, ``PATH``,
-    ``/usr/local/cuda``, and NVIDIA's wheels in this Python environment.
-    """
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            path = Path(home) / "bin" / name
-            if os.access(path, os.X_OK):
-                return path
-    if found := shutil.which(name):
-        return Path(found)
-    folders = [Path("/usr/local/cuda/bin"), *(folder / "bin" for folder in wheel_folders())]
-    return next((f / name for f in folders if os.access(f / name, os.X_OK)), None)
-
-
-def wheel_folders() -> list[Path]:
-    """Return where NVIDIA's wheels for CUDA 13 keep ``bin``, ``lib`` and ``include``."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = spec.submodule_search_locations if spec is not None else None
-    return [folder for root in roots or () if (folder := Path(root) / "cu13").is_dir()]
 
 
 def find_nvcc() -> Path:
@@ -104,8 +78,11 @@ def compile_fatbin(source: str, target: CudaTarget) -> bytes:
         code, output = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         code.write_text(source, encoding="utf-8")
         threads = ["--threads", str(len(os.sched_getaffinity(0)))]
-        arguments = ["--fatbin", *_FLAGS, *threads, *gencode_flags(target), "-o", output, code]
-        run_tool([nvcc, *arguments], f"{nvcc} cannot compile the kernels for {target.name}")
+        flags = ["--fatbin", *_FLAGS, *threads, *gencode_flags(target)]
+        run_tool(
+            [nvcc, *flags, "-o", output, code],
+            f"{nvcc} cannot compile the kernels for {target.name}",
+        )
         return output.read_bytes()
 
 

@@ -60,6 +60,10 @@ EXPORT int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** values
   EmuIndex grid{c->grid_x, c->grid_y, c->grid_z}, block{c->block_x, c->block_y, c->block_z};
   return emu_launch(function, grid, block, c->dynamic_bytes, values) ? kOk : kInvalidValue;
 }
+EXPORT int cuDriverGetVersion(int* version) {
+  const char* value = getenv("EMULATED_DRIVER");
+  return *version = value ? atoi(value) : 13000, kOk;
+}
 EXPORT int cuGetErrorName(int error, const char** name) {
   static char text[32];
   snprintf(text, sizeof text, "CUDA_ERROR(%d)", error);
