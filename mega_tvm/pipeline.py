@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from schedules.generic.cuda import schedule as generic_cuda_schedule
 from schedules.registry import hand_schedule, kernel_op
 
 from .aot import RUN_SUFFIX, add_run_functions, tensor_block
-from .cuda.lowering import generated_source, lower_cuda
+from .cuda.lowering import generated_source, launch_threads, lower_cuda
 from .cuda.passes import CUDA_PASSES
 from .cuda.target import CudaTarget
 from .errors import CompileError, UnsupportedModelError
@@ -60,7 +61,8 @@ class Compiled:
         Bytes of workspace that ``<entry>__run`` takes; on a GPU, that all entries take.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
-        ``schedule`` (its source) and ``calls`` (over all entries).
+        ``schedule`` (its source) and ``calls`` (over all entries); for a GPU also ``launches``, the
+        device functions that a call launches, with the threads of a block.
     seconds : dict
         Wall time of each phase.
     """
@@ -152,6 +154,8 @@ def run_pipeline(
             entries = _entry_names(mod)
             executable, workspace = phase("lower", lambda: lower_cuda(mod, target))
             workspaces = dict.fromkeys(entries, max(workspace, 1))
+            for kernel in kernels:
+                kernel["launches"] = _launches(kernel["name"], launch_threads(executable))
         else:
             mod, workspaces = add_run_functions(mod, tensors)
             executable = phase("lower", lambda: lower_phase(mod, tvm_target))
@@ -268,6 +272,14 @@ def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
 
 def _entry_names(mod: tvm.IRModule) -> list[str]:
     return [g.name_hint for g, func in mod.functions_items() if isinstance(func, relax.Function)]
+
+
+def _launches(kernel: str, threads: Mapping[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "threads": count}
+        for name, count in sorted(threads.items())
+        if re.fullmatch(rf"{re.escape(kernel)}_kernel(_\d+)?", name)
+    ]
 
 
 def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:

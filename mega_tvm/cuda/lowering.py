@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,12 @@ def _accurate(name: str) -> Any:
         return tirx.call_pure_extern("float32", f"{name}f", *call.args)
 
     return lower
+
+
+@functools.cache
+def _keep_accurate() -> None:
+    for name in _ACCURATE:
+        tirx.register_intrin_lowering(f"tirx.{name}", target="cuda", f=_accurate(name), level=99)
 
 
 def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
@@ -50,8 +58,7 @@ def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
         If nvcc refuses, or TVM's CUDA runtime cannot be loaded.
     """
     device_runtime.load_for_compiling()
-    for name in _ACCURATE:
-        tirx.register_intrin_lowering(f"tirx.{name}", target="cuda", f=_accurate(name), level=99)
+    _keep_accurate()
     tvm_target = target.tvm_target()
     with tvm_target:
         planned = tvm.transform.Sequential(
@@ -107,6 +114,14 @@ def generated_source(executable: Any) -> str:
         for inner in (module, *module.imports)
         if inner.kind == "cuda"
     )
+
+
+def launch_threads(executable: Any) -> dict[str, int]:
+    """Return the threads of a block of each kernel, by its name in the machine code."""
+    found = re.findall(
+        r"__global__ void __launch_bounds__\((\d+)\) (\w+)\(", generated_source(executable)
+    )
+    return {name: int(threads) for threads, name in found}
 
 
 def device_present() -> bool:
