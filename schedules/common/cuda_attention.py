@@ -46,7 +46,7 @@ THREAD_KEYS = 4
 TILE_KEYS = ACROSS * THREAD_KEYS
 STEP_D = 16  # width of one pass through shared memory
 STEP_KEYS = 8  # values of one pass
-PAD = 4
+PAD = 4  # floats behind each row: rows 4 apart lie in different banks. Buffers are flat, see dense
 
 BLOCK_Q, COLUMNS = (8, 16, 32), (64, 128, 256)
 
@@ -123,7 +123,7 @@ def tiled_attention(
 
     @T.inline
     def fetch_transposed(source, to, b, first, rows, off, limit, d, tid, count, vec):
-        # to[i, r] = source[b, first + r, off + d + i]; zero beyond the width and the last row
+        # to[i * (count + PAD) + r] = source[b, first + r, off + d + i]; zero beyond the width and the last row
         for i in T.unroll(ceil_div(count * STEP_D // vec, THREADS)):
             r = T.meta_var((i * THREADS + tid) // (STEP_D // vec))
             col = T.meta_var((i * THREADS + tid) % (STEP_D // vec) * vec)
@@ -136,7 +136,7 @@ def tiled_attention(
                     for v in T.vectorized(vec):
                         piece[v] = T.float32(0)
                 for v in T.unroll(vec):
-                    to[col + v, r] = piece[v]
+                    to[(col + v) * (count + PAD) + r] = piece[v]
 
     @T.inline
     def scores(q, k, qs, ks, s, b, first_q, first_k, tid):
@@ -151,9 +151,9 @@ def tiled_attention(
                 a = T.alloc_buffer((TM,), "float32", scope="local")
                 c = T.alloc_buffer((THREAD_KEYS,), "float32", scope="local")
                 for i in T.vectorized(TM):
-                    a[i] = qs[d, tid // ACROSS * TM + i]
+                    a[i] = qs[d * (BQ + PAD) + tid // ACROSS * TM + i]
                 for j in T.vectorized(THREAD_KEYS):
-                    c[j] = ks[d, tid % ACROSS * THREAD_KEYS + j]
+                    c[j] = ks[d * (TILE_KEYS + PAD) + tid % ACROSS * THREAD_KEYS + j]
                 for i in T.unroll(TM):
                     for j in T.unroll(THREAD_KEYS):
                         s[i * THREAD_KEYS + j] = scoring.accumulate(
@@ -190,7 +190,7 @@ def tiled_attention(
             total[i] = total[i] + part[0]
         for j in T.unroll(THREAD_KEYS):
             for i in T.vectorized(TM):
-                ps[tid % ACROSS * THREAD_KEYS + j, tid // ACROSS * TM + i] = s[i * THREAD_KEYS + j]
+                ps[(tid % ACROSS * THREAD_KEYS + j) * (BQ + PAD) + tid // ACROSS * TM + i] = s[i * THREAD_KEYS + j]
 
     @T.inline
     def mix(v, ps, vs, acc, b, first_k, first_v, tid):
@@ -210,7 +210,7 @@ def tiled_attention(
             for key in T.unroll(STEP_KEYS):
                 a = T.alloc_buffer((TM,), "float32", scope="local")
                 for i in T.vectorized(TM):
-                    a[i] = ps[step * STEP_KEYS + key, tid // ACROSS * TM + i]
+                    a[i] = ps[(step * STEP_KEYS + key) * (BQ + PAD) + tid // ACROSS * TM + i]
                 for g in T.unroll(groups):
                     c = T.alloc_buffer((4,), "float32", scope="local")
                     for u in T.vectorized(4):
@@ -243,9 +243,9 @@ def tiled_attention(
     def body(q, k, v, gate, out):
         for block in T.thread_binding(B * row_blocks * column_blocks, thread="blockIdx.x"):
             for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
-                qs = T.alloc_buffer((STEP_D, BQ + PAD), "float32", scope="shared")
-                ks = T.alloc_buffer((STEP_D, TILE_KEYS + PAD), "float32", scope="shared")
-                ps = T.alloc_buffer((TILE_KEYS, BQ + PAD), "float32", scope="shared")
+                qs = T.alloc_buffer((STEP_D * (BQ + PAD),), "float32", scope="shared")
+                ks = T.alloc_buffer((STEP_D * (TILE_KEYS + PAD),), "float32", scope="shared")
+                ps = T.alloc_buffer((TILE_KEYS * (BQ + PAD),), "float32", scope="shared")
                 vs = T.alloc_buffer((STEP_KEYS, BV), "float32", scope="shared")
                 s = T.alloc_buffer((TM * THREAD_KEYS,), "float32", scope="local")
                 acc = T.alloc_buffer((TM * groups * 4,), "float32", scope="local")

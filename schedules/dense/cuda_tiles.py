@@ -56,6 +56,7 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
     panels, padded_k, threads = layout.panels, layout.padded_k, tile.threads
     across = BN // THREAD_N  # threads side by side
     pairs = padded_k // (2 * BK)
+    row_stride = BM + PAD  # in a flat buffer: TVM would cut a matrix's columns that nobody uses
     wide = K % 4 == 0  # rows of x are aligned to 16 bytes
     pieces_x = BM * BK // (4 if wide else 1)
     pieces_w = BK * BN // 4
@@ -94,7 +95,7 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
                 row = T.meta_var((i * threads + tid) // (BK // piece))
                 col = T.meta_var((i * threads + tid) % (BK // piece) * piece)
                 for v in T.unroll(piece):
-                    xs[col + v, row] = normalized(spec, x_next[i * piece + v], stats, row)
+                    xs[(col + v) * row_stride + row] = normalized(spec, x_next[i * piece + v], stats, row)
         for i in T.unroll(loads_w):
             if i * threads + tid < pieces_w:
                 for v in T.vectorized(4):
@@ -109,7 +110,7 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
         for k in T.unroll(BK):
             for i in T.unroll(ceil_div(TM, 4)):
                 for v in T.vectorized(min(TM, 4)):
-                    a[i * 4 + v] = xs[k, tid // across * TM + i * 4 + v]
+                    a[i * 4 + v] = xs[k * row_stride + tid // across * TM + i * 4 + v]
             for j in T.vectorized(THREAD_N):
                 b[j] = ws[k, tid % across * THREAD_N + j]
             for i in T.unroll(TM):
@@ -150,8 +151,8 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
             for tid in T.thread_binding(threads, thread="threadIdx.x"):
                 m = T.meta_var(block // panels * BM)
                 panel = T.meta_var(block % panels)
-                xs0 = T.alloc_buffer((BK, BM + PAD), "float32", scope="shared")
-                xs1 = T.alloc_buffer((BK, BM + PAD), "float32", scope="shared")
+                xs0 = T.alloc_buffer((BK * row_stride,), "float32", scope="shared")
+                xs1 = T.alloc_buffer((BK * row_stride,), "float32", scope="shared")
                 ws0 = T.alloc_buffer((BK, BN), "float32", scope="shared")
                 ws1 = T.alloc_buffer((BK, BN), "float32", scope="shared")
                 stats = T.alloc_buffer((BM, 2), "float32", scope="shared")
