@@ -52,6 +52,7 @@ class KernelsReport:
                     "loads_of_16_bytes": kernel.count(WIDE_LOADS),
                     "ffma": kernel.count(FMA),
                     "tensor_core": kernel.count(TENSOR_CORE),
+                    "ffma_share_of_loop": round(kernel.loop_share(FMA), 3),
                     "instructions": sum(kernel.instructions.values()),
                 }
                 for kernel in self.kernels
@@ -67,7 +68,7 @@ class KernelsReport:
         table.add_column("kernel", overflow="fold")
         columns = (
             "arch", "threads", "registers", "shared", "spills", "occupancy", "loads", "16-byte",
-            "FFMA", "HMMA", "all",
+            "FFMA", "of loop", "HMMA", "all",
         )  # fmt: skip
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
@@ -81,8 +82,9 @@ class KernelsReport:
                 str(kernel["shared_memory"]),
                 str(kernel["local_memory_instructions"] or "none"),
                 "" if occupancy is None else f"{occupancy:.0%}",
-                *(str(kernel[n]) for n in ("loads", "loads_of_16_bytes", "ffma", "tensor_core")),
-                str(kernel["instructions"]),
+                *(str(kernel[name]) for name in ("loads", "loads_of_16_bytes", "ffma")),
+                f"{kernel['ffma_share_of_loop']:.0%}" if kernel["ffma_share_of_loop"] else "",
+                *(str(kernel[name]) for name in ("tensor_core", "instructions")),
             )
         console.print(table)
 

@@ -54,6 +54,8 @@ class KernelCode:
         Instructions that touch local memory: spilled registers, or arrays that are in none.
     instructions : Counter
         By name, ``LDG.E.128`` and the like.
+    loop : Counter
+        Those of the loop with the most FFMA, or HMMA; empty if there is no loop.
     """
 
     name: str
@@ -63,10 +65,16 @@ class KernelCode:
     shared: int
     local: int
     instructions: Counter[str]
+    loop: Counter[str]
 
     def count(self, pattern: str) -> int:
         """Return how many instructions' names match a regular expression from their start."""
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    def loop_share(self, pattern: str) -> float:
+        """Return the share of the loop's instructions whose names match."""
+        matching = sum(n for name, n in self.loop.items() if re.match(pattern, name))
+        return matching / max(1, sum(self.loop.values()))
 
     @property
     def occupancy(self) -> float | None:
@@ -136,19 +144,38 @@ def read_kernels(library: bytes, threads: dict[str, int] | None = None) -> list[
     return kernels
 
 
+# An instruction's address, its name, and where it jumps to.
+_Code = list[tuple[int, str, int | None]]
+
+
 def _merge(
     usage: dict[tuple[str, int], tuple[int, int]],
-    code: dict[tuple[str, int], Counter[str]],
+    code: dict[tuple[str, int], _Code],
     threads: dict[str, int],
 ) -> list[KernelCode]:
     kernels = []
     for (name, arch), (registers, shared) in sorted(usage.items()):
-        instructions = code.get((name, arch), Counter())
+        lines = code.get((name, arch), [])
+        instructions = Counter(op for _, op, _ in lines)
         local = sum(n for op, n in instructions.items() if re.match(r"(LDL|STL)\b", op))
         kernels.append(
-            KernelCode(name, arch, threads.get(name), registers, shared, local, instructions)
+            KernelCode(
+                name, arch, threads.get(name), registers, shared, local, instructions, _loop(lines)
+            )
         )
     return kernels
+
+
+def _loop(lines: _Code) -> Counter[str]:
+    best, most = Counter[str](), 0
+    for end, _, start in lines:
+        if start is None or start >= end:
+            continue
+        body = Counter(op for at, op, _ in lines if start <= at <= end)
+        work = sum(n for op, n in body.items() if re.match(r"FFMA|HMMA", op))
+        if work > most:
+            best, most = body, work
+    return best
 
 
 def _parse_usage(text: str) -> dict[tuple[str, int], tuple[int, int]]:
@@ -163,14 +190,18 @@ def _parse_usage(text: str) -> dict[tuple[str, int], tuple[int, int]]:
     return found
 
 
-def _parse_code(text: str) -> dict[tuple[str, int], Counter[str]]:
-    found: dict[tuple[str, int], Counter[str]] = {}
-    arch, current = 0, Counter[str]()
+def _parse_code(text: str) -> dict[tuple[str, int], _Code]:
+    found: dict[tuple[str, int], _Code] = {}
+    arch, current = 0, _Code()
     for line in text.splitlines():
         if match := re.match(r"\s*code for sm_(\d+)", line):
             arch = int(match[1])
         elif match := re.match(r"\s*Function : (\w+)", line):
-            current = found.setdefault((match[1], arch), Counter())
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][\w.]*)", line):
-            current[match[1]] += 1
+            current = found.setdefault((match[1], arch), [])
+        elif match := _INSTRUCTION.match(line):
+            target = re.search(r"\bBRA\b[^;]* 0x([0-9a-f]+)", line)
+            current.append((int(match[1], 16), match[2], target and int(target[1], 16)))
     return found
+
+
+_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][\w.]*)")

@@ -123,7 +123,8 @@ def tiled_attention(
 
     @T.inline
     def fetch_transposed(source, to, b, first, rows, off, limit, d, tid, count, vec):
-        # to[i * (count + PAD) + r] = source[b, first + r, off + d + i]; zero beyond the width and the last row
+        # to[i * (count + PAD) + r] = source[b, first + r, off + d + i]; zero beyond the width and
+        # the last row
         for i in T.unroll(ceil_div(count * STEP_D // vec, THREADS)):
             r = T.meta_var((i * THREADS + tid) // (STEP_D // vec))
             col = T.meta_var((i * THREADS + tid) % (STEP_D // vec) * vec)
@@ -190,7 +191,9 @@ def tiled_attention(
             total[i] = total[i] + part[0]
         for j in T.unroll(THREAD_KEYS):
             for i in T.vectorized(TM):
-                ps[(tid % ACROSS * THREAD_KEYS + j) * (BQ + PAD) + tid // ACROSS * TM + i] = s[i * THREAD_KEYS + j]
+                ps[(tid % ACROSS * THREAD_KEYS + j) * (BQ + PAD) + tid // ACROSS * TM + i] = s[
+                    i * THREAD_KEYS + j
+                ]
 
     @T.inline
     def mix(v, ps, vs, acc, b, first_k, first_v, tid):

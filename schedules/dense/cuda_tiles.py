@@ -95,7 +95,9 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
                 row = T.meta_var((i * threads + tid) // (BK // piece))
                 col = T.meta_var((i * threads + tid) % (BK // piece) * piece)
                 for v in T.unroll(piece):
-                    xs[(col + v) * row_stride + row] = normalized(spec, x_next[i * piece + v], stats, row)
+                    xs[(col + v) * row_stride + row] = normalized(
+                        spec, x_next[i * piece + v], stats, row
+                    )
         for i in T.unroll(loads_w):
             if i * threads + tid < pieces_w:
                 for v in T.vectorized(4):

@@ -31,9 +31,7 @@ def compiled(case: str, target: str = "cuda") -> tuple[Path, Golden, list[str]]:
     batch, seq_len, _ = found.x.shape
     output = Path(_folder().name) / f"{case}.so"
     with activate.watched() as reports:  # the compiler runs what it compiled
-        compile_model(
-            found.checkpoint, target=target, batch=batch, seq_len=seq_len, output=output
-        )
+        compile_model(found.checkpoint, target=target, batch=batch, seq_len=seq_len, output=output)
     return output, found, reports
 
 
