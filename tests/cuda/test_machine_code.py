@@ -62,8 +62,7 @@ def generated():
 @pytest.fixture(scope="module")
 def kernels(generated):
     fatbin = toolchain.compile_fatbin(generated_source(generated), TARGET)
-    found = {(k.name, k.arch): k for k in read_kernels(fatbin, launch_threads(generated))}
-    return found
+    return {(k.name, k.arch): k for k in read_kernels(fatbin, launch_threads(generated))}
 
 
 @needs_nvcc
@@ -85,7 +84,7 @@ def test_budgets(kernels, name, arch) -> None:
 @needs_nvcc
 @needs_tools
 def test_no_kernel_uses_fast_math(kernels) -> None:
-    """A fast exponential is MUFU.EX2 of a scaled argument alone; expf splits its argument in two."""
+    """A fast exponential is MUFU.EX2 of a scaled argument alone; expf rounds it in steps."""
     sigmoid = kernels["dense_small_kernel", 80]
     assert sigmoid.count("MUFU.EX2") > 0
     assert sigmoid.count(r"FFMA\.(RM|SAT)") > 0
