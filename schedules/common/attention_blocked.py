@@ -24,18 +24,20 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
+from .dims import DimVars, ceil_div
+from .row_tiles import RowTiles, opaque
 from .transpose import transposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
-    """Sizes: vector lanes, queries and vectors of a tile, panels of a span, queries of a block."""
+    """Sizes: vector lanes, queries and vectors of a tile, panels of a span, tiles of a block."""
 
     lanes: int
     tile_q: int
     panel_vectors: int
     span_panels: int
-    block_q: int
+    block_tiles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +73,18 @@ class Scoring:
 
 def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring) -> tirx.PrimFunc:
     """Return the blocked kernel ``(q, k, v[, gate], out)``."""
-    B, Q, K, W, V = spec.batch, spec.q_len, spec.k_len, spec.width, spec.value_width
-    L, tile_q, block_q = blocking.lanes, blocking.tile_q, blocking.block_q
+    dims = DimVars()
+    B, Q, K = dims.shape((spec.batch, spec.q_len, spec.k_len))
+    W, V, L = spec.width, spec.value_width, blocking.lanes
+    tile_q = min(blocking.tile_q, Q) if isinstance(Q, int) else blocking.tile_q
     panel = blocking.panel_vectors * L
-    panels = -(-K // panel)
-    span_panels = min(blocking.span_panels, panels)
+    span_panels = blocking.span_panels
+    if isinstance(K, int):
+        span_panels = min(span_panels, ceil_div(K, panel))
     span = span_panels * panel
-    blocks = -(-Q // block_q)
     first_pos = K - Q  # position of query row 0
-    tile_rows = Q // tile_q * tile_q
-    last_rows = Q - tile_rows
+    block_rows = blocking.block_tiles * tile_q  # of a block's memory
+    hide = opaque if not isinstance(Q, int) else lambda value: value
     group = min(panel, V // L * L) if L <= V else V  # value columns of a register tile
     groups, tail = V // group, V % group
     step = min(L, group)
@@ -195,7 +199,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     @T.inline
     def tile(q, kt, v, s, o, peak, total, b, row, r, first, n_rows):
         # Keys of this span that the tile's last row may see.
-        seen = T.min(span, (first_pos + row + n_rows if causal else K) - first)
+        seen = T.meta_var(hide(T.min(span, (first_pos + row + n_rows if causal else K) - first)))
         if seen > 0:
             rescale = T.alloc_buffer((n_rows,), "float32", scope="local")
             if span_panels == 1:
@@ -221,25 +225,23 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 out[b, row, col + lane] = o[r, col + lane] * inverse[0]
 
     @T.inline
-    def block(q, kt, v, gate, out, b, row0):
-        o = T.alloc_buffer((block_q, V), "float32", scope="local")
+    def block(q, kt, v, gate, out, tiles, b, nth, block_tiles):
+        o = T.alloc_buffer((block_rows, V), "float32", scope="local")
         s = T.alloc_buffer((tile_q, span), "float32", scope="local")
-        peak = T.alloc_buffer((block_q,), "float32", scope="local")
-        total = T.alloc_buffer((block_q,), "float32", scope="local")
-        n_rows = T.min(block_q, Q - row0)
-        n_tiles = T.min(block_q, tile_rows - row0) // tile_q
+        peak = T.alloc_buffer((block_rows,), "float32", scope="local")
+        total = T.alloc_buffer((block_rows,), "float32", scope="local")
+        first = T.meta_var(hide(nth * block_tiles))
+        n_tiles = T.meta_var(hide(T.min(block_tiles, tiles.count - first)))
+        row0 = T.meta_var(hide(tiles.start(first)))
+        n_rows = T.meta_var(hide(tiles.start(first + n_tiles) - row0))
         for r in T.serial(n_rows):
             start(peak, total, r)
         last_key = T.meta_var(first_pos + row0 + n_rows if causal else K)
-        for p in T.serial((last_key + span - 1) // span):
-            first = T.meta_var(p * span)
+        for p in T.serial(hide(ceil_div(last_key, span))):
             for t in T.serial(n_tiles):
-                r = T.meta_var(t * tile_q)
-                tile(q, kt, v, s, o, peak, total, b, row0 + r, r, first, tile_q)
-            if last_rows > 0:
-                if row0 + block_q >= Q:
-                    r = T.meta_var(tile_rows - row0)
-                    tile(q, kt, v, s, o, peak, total, b, tile_rows, r, first, last_rows)
+                row = T.meta_var(hide(tiles.start(first + t)))
+                r = T.meta_var(hide(row - row0))
+                tiles.emit(first + t, tile, q, kt, v, s, o, peak, total, b, row, r, p * span)
         for r in T.serial(n_rows):
             inverse = T.alloc_buffer((1,), "float32", scope="local")
             inverse[0] = T.float32(1) / (total[r] + T.float32(ATTENTION_EPS))
@@ -250,23 +252,31 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
 
     @T.inline
     def body(q, k, v, gate, out):
-        kt = T.alloc_buffer((B, panels, W, panel), "float32")
+        panels = T.meta_var(hide(ceil_div(K, panel)))
+        kt = T.alloc_buffer((B, ceil_div(K, panel), W, panel), "float32")
+        tiles = T.meta_var(RowTiles(Q, tile_q))
+        # Two blocks at least, for two cores.
+        block_tiles = T.meta_var(hide(T.min(blocking.block_tiles, ceil_div(tiles.count, 2))))
+        blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
         for g in T.parallel(B * panels):
-            pack_panel(k, kt, g // panels, g % panels)
+            pack_panel(k, kt, hide(g // panels), hide(g % panels))
         for g in T.parallel(B * blocks):
             # Threads take contiguous ranges. A causal block costs more the later it lies: pairing
             # the first with the last, the second with the last but one, ... gives each range its
             # share.
             u = T.meta_var(g % blocks)
-            row0 = T.meta_var(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2) * block_q)
-            block(q, kt, v, gate, out, g // blocks, row0)
+            nth = T.meta_var(hide(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2)))
+            block(q, kt, v, gate, out, tiles, hide(g // blocks), nth, block_tiles)
 
-    return attention_prim_func(spec, body)
+    return attention_prim_func(spec, dims, body)
 
 
-def attention_prim_func(spec: AttentionSpec, body: Callable[..., None]) -> tirx.PrimFunc:
+def attention_prim_func(
+    spec: AttentionSpec, dims: DimVars, body: Callable[..., None]
+) -> tirx.PrimFunc:
     """Wrap ``body(q, k, v, gate, out)`` in the PrimFunc of a spec, with or without a gate."""
-    B, Q, K, V = spec.batch, spec.q_len, spec.k_len, spec.value_width
+    B, Q, K = dims.shape((spec.batch, spec.q_len, spec.k_len))
+    V = spec.value_width
     q_shape, k_shape, v_shape = (B, Q, spec.q_stride), (B, K, spec.k_stride), (B, K, spec.v_stride)
     gate_shape = (B, Q, spec.gate_stride)
     if spec.has_gate:
