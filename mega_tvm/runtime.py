@@ -7,12 +7,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import platform
-import threading
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +18,14 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
+from mega_tvm.entries import Entry, EntryRunner, as_argument
 from mega_tvm.errors import (
     DamagedArtifactError,
     IncompatibleArtifactError,
     InputError,
     MegaError,
 )
-from mega_tvm.inputs import (
-    CPU,
-    aligned_empty,
-    as_array,
-    dtype_message,
-    is_aligned,
-    non_finite,
-)
-from mega_tvm.manifest_schema import ALIGNMENT
+from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
 from mega_tvm.runtime_library import (
     RuntimeLibrary,
     available_cpus,
@@ -44,49 +34,18 @@ from mega_tvm.runtime_library import (
 )
 from mega_tvm.tensor_memory import Tensors, load_tensors
 
+__all__ = ["Entry", "Model", "load"]
+
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One shape that a model was compiled for.
-
-    Parameters
-    ----------
-    name : str
-        The function in the library.
-    input_shape, output_shape : tuple of int
-        ``[B, T, embed]`` and ``[B, hidden]``, both float32.
-    workspace : int
-        Bytes that a call needs for intermediates.
-    """
-
-    name: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    workspace: int
-
-
-class _Scratch:
-    """One thread's memory for one entry: a workspace, and an input for arrays to copy into."""
-
-    def __init__(self, entry: Entry) -> None:
-        workspace = aligned_empty((-(-entry.workspace // 4),)).view(np.uint8)
-        self.workspace = tvm_ffi.from_dlpack(workspace, require_alignment=ALIGNMENT)
-        self._shape = entry.input_shape
-
-    @functools.cached_property
-    def x(self) -> npt.NDArray[np.float32]:
-        """The input."""
-        return aligned_empty(self._shape)
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Model:
     """A loaded model. Make one with `load`.
 
-    A model may be called from several threads at once: each has a workspace of its own, and all
-    share the code and the tensors.
+    A model may be called from several threads at once: each call has memory of its own, and all
+    share the code and the tensors. Other Python threads run while kernels do.
 
     Parameters
     ----------
@@ -114,15 +73,16 @@ class Model:
         self._tensors = tensors
         self._library = library
         self._num_threads = num_threads
-        self._local = threading.local()
         self._entries = tuple(
             Entry(
                 e["name"], tuple(e["input"]["shape"]), tuple(e["output"]["shape"]), e["workspace"]
             )
             for e in manifest["entries"]
         )
-        self._by_shape = {entry.input_shape: entry for entry in self._entries}
-        self._functions = {entry.name: self._function(entry) for entry in self._entries}
+        self._runners = {
+            entry.input_shape: EntryRunner(entry, self._function(entry), tensors.block)
+            for entry in self._entries
+        }
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -148,58 +108,54 @@ class Model:
         shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
         return f"<mega_tvm.Model {str(self._path)!r}: {shapes}, num_threads={self._num_threads}>"
 
-    def __call__(self, x: Any, *, check_finite: bool = False) -> npt.NDArray[np.float32]:
+    def __call__(
+        self, x: Any, *, out: Any = None, check_finite: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Run the model.
 
         Parameters
         ----------
         x : array
             float32, of one of the shapes in `entries`: a NumPy array, or anything on the CPU that
-            exports DLPack. It is read in place if it is C-contiguous, writable and aligned to 64
-            bytes, and copied otherwise.
+            exports DLPack. Where it is larger than 32 KiB, C-contiguous, writable and aligned to
+            64 bytes, it is read in place; it is copied otherwise.
+        out : array, optional
+            Takes the result: float32, of the entry's output shape, writable; with any strides and
+            alignment. It may overlap ``x``, and is left alone if the call fails.
         check_finite : bool, default False
             Refuse NaN and infinity, which propagate to the output otherwise.
 
         Returns
         -------
         ndarray
-            float32, with memory of its own.
+            float32: an array with memory of its own, or the memory of ``out``. Libraries that read
+            DLPack take it without a copy (``torch.from_dlpack(y)``).
 
         Raises
         ------
         InputError
-            If ``x`` has another shape or dtype, or is not an array on the CPU.
+            If ``x`` or ``out`` has another shape or dtype, or is not an array on the CPU.
         """
-        array = as_array(x)
-        entry = self._by_shape.get(array.shape)
-        if entry is None:
+        array = x if type(x) is np.ndarray else as_array(x)
+        runner = self._runners.get(array.shape)
+        if runner is None:
             raise InputError(self._shape_message(array.shape))
-        if array.dtype != np.float32:  # '>f4' differs too
+        # The same object nearly always; '>f4' differs too.
+        if array.dtype is not _FLOAT32 and array.dtype != _FLOAT32:
             raise InputError(dtype_message(array.dtype))
         if check_finite and not np.isfinite(array).all():
             raise InputError(f"expected finite values, found {non_finite(array)}")
-        flags = array.flags
-        if not (flags.c_contiguous and flags.writeable and is_aligned(array)):
-            buffer = self._scratch(entry).x
-            np.copyto(buffer, array)
-            array = buffer
-        output = aligned_empty(entry.output_shape)
+        target = None if out is None else as_output(out, runner.entry.output_shape)
         self._library.use_threads(self._num_threads)
-        arguments = (
-            tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT),
-            self._tensors.block,
-            self._scratch(entry).workspace,
-            tvm_ffi.from_dlpack(output, require_alignment=ALIGNMENT),
-        )
         try:
-            status = self._functions[entry.name](*arguments)
+            result = runner(array, target)
         except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
             ) from error
-        if status != 0:
-            raise MegaError(f"{self._path}: a kernel of {entry.name} failed: out of memory")
-        return output
+        if result is None:
+            raise MegaError(f"{self._path}: a kernel of {runner.entry.name} failed: out of memory")
+        return result
 
     def warmup(self) -> None:
         """Run each entry once on zeros, so that the first real call finds code and pages ready."""
@@ -233,7 +189,7 @@ class Model:
         """
         self._library.use_threads(self._num_threads)
         tensors = (self.tensors,) if len(self.tensors) else ()
-        return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *tensors)
+        return function(as_argument(x), *tensors)
 
     def _function(self, entry: Entry) -> Any:
         try:
@@ -244,18 +200,8 @@ class Model:
                 "does not hold; compile the model again"
             ) from error
 
-    def _scratch(self, entry: Entry) -> _Scratch:
-        """Return the calling thread's memory for an entry."""
-        scratches: dict[str, _Scratch] | None = getattr(self._local, "scratches", None)
-        if scratches is None:
-            scratches = self._local.scratches = {}
-        scratch = scratches.get(entry.name)
-        if scratch is None:
-            scratch = scratches[entry.name] = _Scratch(entry)
-        return scratch
-
     def _shape_message(self, found: tuple[int, ...]) -> str:
-        shapes = [str(list(shape)) for shape in self._by_shape]
+        shapes = [str(list(shape)) for shape in self._runners]
         if len(shapes) > _SHAPES_IN_MESSAGES:
             shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
         return (
