@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from tvm.script import tirx as T
 
 from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
-from .manifest_schema import ALIGNMENT, round_up
+from .manifest_schema import ALIGNMENT, round_up, tensor_layout
 from .passes.rewrite import Graph, variables
 from .relax_ops import is_op, shape_of
 
@@ -45,6 +45,14 @@ class RunFunction:
 
     func: tirx.PrimFunc
     workspace: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _TensorBlock:
+    """Where tensors start in their block, and its size, which a call checks (at least 1)."""
+
+    starts: list[int]
+    bytes: int
 
 
 def add_run_functions(
@@ -71,30 +79,22 @@ def add_run_functions(
         for gvar, func in mod.functions_items()
         if isinstance(func, tirx.PrimFunc)
     }
-    offsets = list(tensor_offsets(tensors))
+    starts, end = tensor_layout(array.nbytes for array in tensors)
+    layout = _TensorBlock(starts, max(end, 1))
     workspaces = {}
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function):
             name = f"{gvar.name_hint}{RUN_SUFFIX}"
-            run = _run_function(Graph(func), plain, offsets)
+            run = _run_function(Graph(func), plain, layout)
             builder.add_func(run.func.with_attr("global_symbol", name), name)
             workspaces[gvar.name_hint] = run.workspace
     return builder.get(), workspaces
 
 
-def tensor_offsets(tensors: Iterable[npt.NDArray[Any]]) -> Iterable[int]:
-    """Yield where each tensor starts: the first aligned byte behind the one before."""
-    end = 0
-    for array in tensors:
-        start = round_up(end)
-        yield start
-        end = start + array.nbytes
-
-
 def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     """Return the tensors' bytes as an artifact holds them."""
-    starts = list(tensor_offsets(tensors))
-    block = np.zeros(starts[-1] + tensors[-1].nbytes if tensors else 1, np.uint8)
+    starts, end = tensor_layout(array.nbytes for array in tensors)
+    block = np.zeros(max(end, 1), np.uint8)
     for start, array in zip(starts, tensors, strict=True):
         block[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
     return block
@@ -143,7 +143,7 @@ class _Workspace:
 
 
 def _run_function(
-    graph: Graph, kernels: Mapping[str, GlobalVar], tensor_starts: list[int]
+    graph: Graph, kernels: Mapping[str, GlobalVar], tensors: _TensorBlock
 ) -> RunFunction:
     func = graph.func
     result = _resolve(func.body.body, graph)
@@ -165,25 +165,26 @@ def _run_function(
             operands = [places[_resolve(arg, graph)] for arg in value.args[1].fields]
             calls.append((value.args[0].name_hint, [*operands, places[var]]))
         elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            places[var] = ("tensors", tensor_starts[int(value.args[2].value)])
+            places[var] = ("tensors", tensors.starts[int(value.args[2].value)])
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
     if places.get(result, ("", 0))[0] != "y":
         raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
     size = max(workspace.size, ALIGNMENT)
-    return RunFunction(_emit(graph, calls, kernels, size), size)
+    return RunFunction(_emit(graph, calls, kernels, tensors.bytes, size), size)
 
 
 def _emit(
     graph: Graph,
     calls: list[_KernelCall],
     kernels: Mapping[str, GlobalVar],
+    tensor_bytes: int,
     workspace_bytes: int,
 ) -> tirx.PrimFunc:
     buffers = {
         "x": tirx.decl_buffer(shape_of(graph.func.params[0]), "float32", "x"),
-        "tensors": tirx.decl_buffer((tirx.Var("tensor_bytes", "int64"),), "uint8", "tensors"),
+        "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
         "y": tirx.decl_buffer(shape_of(graph.func.body.body), "float32", "y"),
     }

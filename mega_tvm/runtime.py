@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
+from mega_tvm.artifact_format import open_artifact, pinned, read_library, read_manifest_from
 from mega_tvm.entries import Entry, EntryRunner, as_argument
 from mega_tvm.errors import (
     DamagedArtifactError,
@@ -25,11 +23,13 @@ from mega_tvm.errors import (
     InputError,
     MegaError,
 )
+from mega_tvm.host import check_cpu, check_version
 from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
+from mega_tvm.library_image import load_image
+from mega_tvm.permissions import warn_if_writable_by_all
 from mega_tvm.runtime_library import (
     RuntimeLibrary,
     available_cpus,
-    load_module,
     runtime_library,
 )
 from mega_tvm.tensor_memory import Tensors, load_tensors
@@ -210,10 +210,11 @@ class Model:
         )
 
 
-def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
+def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | None = None) -> Model:
     """Load a compiled model.
 
-    The file is checked whole before any code of it runs.
+    The file is opened once and checked whole before any code of it runs, and what runs is what was
+    checked. It is not needed afterwards. A compiled model is code: load what you trust.
 
     Parameters
     ----------
@@ -222,6 +223,9 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
     num_threads : int, default 1
         Threads that a call may use, the caller's included. More than the process has CPUs are
         not used, with a warning. With one, no thread is started.
+    sha256 : str, optional
+        Digest of the file, in hex, from a place that you trust: another file is refused before
+        anything of it is used. Without it, a file that every user can write gives a warning.
 
     Returns
     -------
@@ -235,27 +239,30 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
         If its bytes are not what the compiler wrote.
     IncompatibleArtifactError
         If it is not for this CPU or these versions, or TVM's runtime library is not found.
+    UntrustedArtifactError
+        If ``sha256`` is given, and is not the file's.
     """
     threads = _check_num_threads(num_threads)
     path = Path(os.path.abspath(path))
     name = str(path)
-    with open_artifact(path) as file:
+    with open_artifact(path) as opened:
+        if sha256 is None:
+            warn_if_writable_by_all(path, os.fstat(opened.fileno()), "pass its digest, sha256=...")
+        file = opened if sha256 is None else pinned(opened, name, sha256)
         manifest = read_manifest_from(file, name)
-        _check_cpu(name, manifest)
-        _check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
-        check_library(file, name, manifest)
+        check_cpu(name, manifest)
+        check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
+        image = read_library(file, name, manifest)
         tensors = load_tensors(file, name, manifest)
-        library = runtime_library(path.parent)
-        if library.version is not None:
-            _check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
-        try:
-            module = load_module(path)
-        except Exception as error:  # the loader's, which are RuntimeError and others
-            raise IncompatibleArtifactError(
-                f"{name}: the library is whole, but TVM cannot load it: {error}"
-            ) from error
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise DamagedArtifactError(f"{name}: was replaced while it was loaded; load it again")
+    library = runtime_library(path.parent)
+    if library.version is not None:
+        check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
+    try:
+        module = load_image(image)
+    except Exception as error:  # the loader's, which are RuntimeError and others
+        raise IncompatibleArtifactError(
+            f"{name}: the library is whole, but cannot be loaded: {error}"
+        ) from error
     return Model(path, manifest, module, tensors, library, threads)
 
 
@@ -270,48 +277,3 @@ def _check_num_threads(num_threads: int) -> int:
             stacklevel=3,
         )
     return min(num_threads, cpus)
-
-
-def _check_cpu(name: str, manifest: dict[str, Any]) -> None:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise IncompatibleArtifactError(
-            f"{name}: expected an x86-64 CPU, found {platform.machine()}; "
-            "compile the model for this machine"
-        )
-    needed = manifest["target"]["cpu_features"]
-    found = _cpu_flags()
-    if missing := [feature for feature in needed if feature not in found]:
-        raise IncompatibleArtifactError(
-            f"{name}: compiled for {manifest['target']['name']}, but this CPU lacks "
-            f"{', '.join(missing)}; compile the model for this machine (--target native there), "
-            "or for a target that has less"
-        )
-    if "amx_tile" in needed:
-        _request_amx(name)
-
-
-def _cpu_flags() -> set[str]:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    return set()
-
-
-def _request_amx(name: str) -> None:
-    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for the whole process.
-    arguments = (ctypes.c_long(number) for number in (158, 0x1023, 18))
-    if ctypes.CDLL(None, use_errno=True).syscall(*arguments) != 0:
-        raise IncompatibleArtifactError(
-            f"{name}: uses AMX tiles, which this kernel does not grant "
-            f"({os.strerror(ctypes.get_errno())}); Linux 5.16 or newer is needed"
-        )
-
-
-def _check_version(name: str, package: str, expected: str, found: str) -> None:
-    # Releases that differ in their first two numbers may differ in their binary interface.
-    if expected.split(".")[:2] != found.split(".")[:2]:
-        raise IncompatibleArtifactError(
-            f"{name}: compiled with {package} {expected}, found {found}; "
-            f"install {package}=={expected}, or compile the model again"
-        )

@@ -14,11 +14,11 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import tvm_ffi
 
 from mega_tvm.errors import IncompatibleArtifactError, MegaError
+from mega_tvm.permissions import warn_if_writable_by_all
 
 LIBRARY = "libtvm_runtime.so"
 VARIABLE = "MEGA_TVM_RUNTIME"
@@ -129,7 +129,12 @@ def runtime_library(beside: Path) -> RuntimeLibrary:
     global _loaded
     with _lock:
         if _loaded is None:
-            _loaded = RuntimeLibrary(*(_mapped() or _find(beside)))
+            found = _mapped()
+            if found is None:
+                found = _find(beside)
+                advice = f"set {VARIABLE} to another copy"
+                warn_if_writable_by_all(found[0], os.stat(found[0]), advice)
+            _loaded = RuntimeLibrary(*found)
         return _loaded
 
 
@@ -178,24 +183,3 @@ def _distribution() -> importlib.metadata.Distribution | None:
         return importlib.metadata.distribution("apache-tvm")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def load_module(path: Path) -> Any:
-    """Load a compiled library, also where another file was loaded from the same path before.
-
-    The dynamic loader knows libraries by the path they were asked for, so it would hand out the old
-    file after a new one has replaced it. A path that is spelled differently is looked up anew; the
-    loader still recognises a file that is the same.
-    """
-    status = os.stat(path)
-    identity = (status.st_dev, status.st_ino)
-    with _lock:
-        spellings = _spellings.setdefault(path, [])
-        if identity not in spellings:
-            spellings.append(identity)
-        dots = "./" * spellings.index(identity)
-    # ModuleGlobalsAdd would keep the library for the life of the process.
-    return tvm_ffi.load_module(f"{path.parent}/{dots}{path.name}", keep_module_alive=False)
-
-
-_spellings: dict[Path, list[tuple[int, int]]] = {}

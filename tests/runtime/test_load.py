@@ -18,8 +18,8 @@ import mega_tvm
 from mega_tvm import load
 from mega_tvm.artifact import write_artifact
 from mega_tvm.errors import DamagedArtifactError, IncompatibleArtifactError
+from mega_tvm.host import _request_amx
 from mega_tvm.inputs import aligned_empty
-from mega_tvm.runtime import _request_amx
 from tests.runtime.builders import BIAS, MANIFEST, TENSORS, build_executable, join, split
 
 RUN = """
