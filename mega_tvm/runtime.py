@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import warnings
 from pathlib import Path
@@ -158,7 +159,17 @@ class Model:
         return result
 
     def warmup(self) -> None:
-        """Run each entry once on zeros, so that the first real call finds code and pages ready."""
+        """Run each entry once on zeros, so that the first real call finds code and pages ready.
+
+        With several threads it runs in a thread of its own: the calling one keeps no workers, which
+        a process that is forked now would lack.
+        """
+        if self._num_threads == 1:
+            return self._run_each()
+        with concurrent.futures.ThreadPoolExecutor(1, "mega_tvm-warmup") as thread:
+            thread.submit(self._run_each).result()
+
+    def _run_each(self) -> None:
         for entry in self._entries:
             self(np.zeros(entry.input_shape, np.float32))
 

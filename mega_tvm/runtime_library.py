@@ -4,10 +4,16 @@ TVM keeps one thread pool per calling thread. It starts at the first parallel lo
 more than one thread, and its size is fixed then. So a pool starts with one thread for each CPU of
 the process, of which a call uses as many as its model asks for; the others sleep. A call that asks
 for one thread runs its loops in place and starts no pool.
+
+A fork copies the pool of the forking thread, but not its workers, and TVM cannot give that pool up:
+its destructor waits for ever on a condition variable where they slept. So a forked child refuses to
+use such a pool, and ends without destructors.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -32,6 +38,10 @@ _SPECIFY_THREAD_SHARE_ALL_CORE = -3
 # Yields of a worker before it sleeps: measured 1 ms, which spans the serial gaps within a call.
 # TVM's default, 300000, keeps a core busy for over 150 ms after each call. Waking takes some 30 us.
 _SPIN_COUNT = "2000"
+_FORK_ADVICE = (
+    "use num_threads=1, or run the model only in other threads than the one that forks (warmup "
+    "does), or start processes with multiprocessing's 'spawn' method"
+)
 
 
 class RuntimeLibrary:
@@ -69,6 +79,9 @@ class RuntimeLibrary:
         self._num_threads = num_threads
         self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
         self._local = threading.local()
+        self._ends_early = False
+        os.register_at_fork(after_in_child=self._after_fork)
+        atexit.register(self._at_exit)
 
     def use_threads(self, count: int) -> None:
         """Let the calling thread's next parallel loops use this many threads.
@@ -87,9 +100,8 @@ class RuntimeLibrary:
         pid = os.getpid()
         if getattr(self._local, "state", (pid, 0))[0] != pid:
             raise MegaError(
-                f"this process was forked after a model had run on {self._local.state[1]} threads, "
-                "which are gone; use num_threads=1, or call the model from a new thread, "
-                "or start processes with multiprocessing's 'spawn' method"
+                f"this process was forked after its thread had run a model on "
+                f"{self._local.state[1]} threads, which are gone; {_FORK_ADVICE}"
             )
         # Read when the pool starts. Bound threads would also widen the caller's own CPU set.
         os.environ.setdefault("TVM_BIND_THREADS", "0")
@@ -104,9 +116,35 @@ class RuntimeLibrary:
             )
         self._local.state = (pid, count)
 
+    def _after_fork(self) -> None:
+        self._ends_early = hasattr(self._local, "state")
+
+    def _at_exit(self) -> None:
+        """End a forked child that would hang in its pool's destructor."""
+        if not self._ends_early:
+            return
+        if "logging" in sys.modules:  # its handler was registered before, and is due after this one
+            sys.modules["logging"].shutdown()
+        with contextlib.suppress(OSError, ValueError):  # closed streams
+            sys.stdout.flush()
+            print(
+                "mega_tvm: this process ends with status 1 in place of a hang: it was forked by a "
+                f"thread that had run a model on several threads; {_FORK_ADVICE}, or end it by "
+                "os._exit, as multiprocessing does",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)  # the interpreter does not tell which status was meant
+
 
 _loaded: RuntimeLibrary | None = None
 _lock = threading.Lock()
+# Another thread may hold it when this one forks.
+os.register_at_fork(
+    before=lambda: _lock.acquire(),
+    after_in_parent=lambda: _lock.release(),
+    after_in_child=lambda: _lock.release(),
+)
 
 
 def runtime_library(beside: Path) -> RuntimeLibrary:
