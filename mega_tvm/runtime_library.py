@@ -203,11 +203,8 @@ def _find(beside: Path) -> tuple[Path, str | None]:
         return path, None
     if (beside / LIBRARY).is_file():
         return beside / LIBRARY, None
-    distribution = _distribution()
-    if distribution is not None:
-        path = Path(str(distribution.locate_file(f"tvm/lib/{LIBRARY}")))
-        if path.is_file():
-            return path, distribution.version
+    if (installed := installed_runtime()) is not None:
+        return installed
     raise IncompatibleArtifactError(
         f"TVM's runtime library, {LIBRARY}, is not found: {VARIABLE} is not set, there is none in "
         f"{beside}, and apache-tvm is not installed here; copy it from tvm/lib of the apache-tvm "
@@ -215,9 +212,12 @@ def _find(beside: Path) -> tuple[Path, str | None]:
     )
 
 
-def _distribution() -> importlib.metadata.Distribution | None:
+def installed_runtime() -> tuple[Path, str] | None:
+    """Return the runtime library of an installed ``apache-tvm``, and its version."""
     # Metadata, since `import tvm` takes seconds and loads the compiler.
     try:
-        return importlib.metadata.distribution("apache-tvm")
+        distribution = importlib.metadata.distribution("apache-tvm")
     except importlib.metadata.PackageNotFoundError:
         return None
+    path = Path(str(distribution.locate_file(f"tvm/lib/{LIBRARY}")))
+    return (path, distribution.version) if path.is_file() else None
