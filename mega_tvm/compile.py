@@ -201,8 +201,9 @@ def _compile(arguments: argparse.Namespace) -> int:
         figure = f"max abs error against float64: {max(checked):.2e}" if checked else "not checked"
     else:
         figure = f"parity not checked: {parity['reason']}"
+    what = "compiled" if arguments.bundle else f"wrote {path}"
     out.print(
-        f"{'compiled' if arguments.bundle else f'wrote {path}'} ({path.stat().st_size / 1e6:.1f} MB) in "
+        f"{what} ({path.stat().st_size / 1e6:.1f} MB) in "
         f"{time.perf_counter() - started:.1f} s; {figure}",
         markup=False,
     )

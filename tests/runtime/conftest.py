@@ -75,7 +75,7 @@ def edited(artifact, tmp_path):
     return edit
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python():
     """Run a script in a process without compilers; return what it printed.
 
