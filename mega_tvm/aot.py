@@ -30,7 +30,7 @@ from schedules.common.dims import Dim, DimVars, Extent
 
 from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
-from .manifest_schema import ALIGNMENT, round_up
+from .manifest_schema import ALIGNMENT, round_up, tensor_layout
 from .passes.rewrite import Graph, variables
 from .relax_ops import dims_of, is_op, shape_of
 from .symbolic_entry import region_name
@@ -77,6 +77,14 @@ class _CFunction:
         return [found[variable] for variable in variables]
 
 
+@dataclasses.dataclass(frozen=True)
+class _TensorBlock:
+    """Where tensors start in their block, and its size, which a call checks (at least 1)."""
+
+    starts: list[int]
+    bytes: int
+
+
 def add_run_functions(
     mod: tvm.IRModule, tensors: list[npt.NDArray[Any]]
 ) -> tuple[tvm.IRModule, dict[str, dict[str, int]]]:
@@ -102,30 +110,22 @@ def add_run_functions(
             kernel = _as_c_function(func)
             name = f"{gvar.name_hint}__c"
             plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
-    offsets = list(tensor_offsets(tensors))
+    starts, end = tensor_layout(array.nbytes for array in tensors)
+    layout = _TensorBlock(starts, max(end, 1))
     workspaces = {}
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function):
             name = f"{gvar.name_hint}{RUN_SUFFIX}"
-            run = _run_function(Graph(func), plain, offsets)
+            run = _run_function(Graph(func), plain, layout)
             builder.add_func(run.func.with_attr("global_symbol", name), name)
             workspaces[gvar.name_hint] = run.workspace
     return builder.get(), workspaces
 
 
-def tensor_offsets(tensors: Iterable[npt.NDArray[Any]]) -> Iterable[int]:
-    """Yield where each tensor starts: the first aligned byte behind the one before."""
-    end = 0
-    for array in tensors:
-        start = round_up(end)
-        yield start
-        end = start + array.nbytes
-
-
 def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     """Return the tensors' bytes as an artifact holds them."""
-    starts = list(tensor_offsets(tensors))
-    block = np.zeros(starts[-1] + tensors[-1].nbytes if tensors else 1, np.uint8)
+    starts, end = tensor_layout(array.nbytes for array in tensors)
+    block = np.zeros(max(end, 1), np.uint8)
     for start, array in zip(starts, tensors, strict=True):
         block[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
     return block
@@ -201,7 +201,7 @@ _Kernel = tuple[GlobalVar, _CFunction]
 
 
 def _run_function(
-    graph: Graph, kernels: Mapping[str, _Kernel], tensor_starts: list[int]
+    graph: Graph, kernels: Mapping[str, _Kernel], tensors: _TensorBlock
 ) -> RunFunction:
     func = graph.func
     result = _resolve(func.body.body, graph)
@@ -229,20 +229,21 @@ def _run_function(
                 )
             )
         elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            places[var] = ("tensors", ((), tensor_starts[int(value.args[2].value)]))
+            places[var] = ("tensors", ((), tensors.starts[int(value.args[2].value)]))
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
     if places.get(result, ("", _START))[0] != "y":
         raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
     workspace.sizes = workspace.sizes or {(): ALIGNMENT}
-    return RunFunction(_emit(graph, calls, kernels, workspace), workspace.by_name())
+    return RunFunction(_emit(graph, calls, kernels, tensors.bytes, workspace), workspace.by_name())
 
 
 def _emit(
     graph: Graph,
     calls: list[_KernelCall],
     kernels: Mapping[str, _Kernel],
+    tensor_bytes: int,
     workspace: _Workspace,
 ) -> tirx.PrimFunc:
     dims = DimVars()
@@ -257,7 +258,7 @@ def _emit(
     workspace_bytes = end if known else tirx.Var("workspace_bytes", "int64")
     buffers = {
         "x": tirx.decl_buffer(x_shape, "float32", "x"),
-        "tensors": tirx.decl_buffer((tirx.Var("tensor_bytes", "int64"),), "uint8", "tensors"),
+        "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
         "y": tirx.decl_buffer(y_shape, "float32", "y"),
     }

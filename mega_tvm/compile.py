@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +21,13 @@ _DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _compile(arguments))
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.bundle is None:
+        return run_command(lambda: _compile(arguments))
+    if arguments.output is not None:
+        parser.error("--bundle and -o name two places for one library; give one of them")
+    return run_command(lambda: _compile_bundle(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT.so",
         help="where the library goes (default: the checkpoint's name, or mega.so)",
     )
+    add(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="write the library, and all that a host without pip needs to run it from C++ or "
+        "Python, into a new directory; in place of -o",
+    )
     return parser  # fmt: skip
 
 
@@ -103,6 +117,21 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"expected positive integers separated by commas, such as 1,8; got {text!r}"
         ) from None
+
+
+def _compile_bundle(arguments: argparse.Namespace) -> int:
+    from .bundle import MODEL, check_bundle_destination, write_bundle
+
+    directory = Path(os.path.abspath(arguments.bundle))
+    check_bundle_destination(directory)  # now, not after the compile
+    with tempfile.TemporaryDirectory(prefix="mega_tvm-") as aside:
+        arguments.output = Path(aside) / MODEL
+        if status := _compile(arguments):
+            return status
+        write_bundle(arguments.output, directory)
+    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    console().print(f"bundled into {directory} ({size / 1e6:.1f} MB)", markup=False)
+    return 0
 
 
 def _compile(arguments: argparse.Namespace) -> int:
@@ -140,7 +169,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
             "dtype": arguments.dtype,
             "disabled passes": ", ".join(arguments.disable_pass) or "none",
-            "output": output,
+            "output": output if arguments.bundle is None else f"bundle {arguments.bundle}",
         },
     )
     for warning in source.warnings:
@@ -172,8 +201,9 @@ def _compile(arguments: argparse.Namespace) -> int:
         figure = f"max abs error against float64: {max(checked):.2e}" if checked else "not checked"
     else:
         figure = f"parity not checked: {parity['reason']}"
+    what = "compiled" if arguments.bundle else f"wrote {path}"
     out.print(
-        f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) in "
+        f"{what} ({path.stat().st_size / 1e6:.1f} MB) in "
         f"{time.perf_counter() - started:.1f} s; {figure}",
         markup=False,
     )

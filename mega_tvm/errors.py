@@ -44,3 +44,7 @@ class DamagedArtifactError(ArtifactError):
 
 class IncompatibleArtifactError(ArtifactError):
     """A compiled model is whole, but not for this CPU, these versions or this process."""
+
+
+class UntrustedArtifactError(ArtifactError):
+    """A file is not the one that the caller named by its digest."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact_format import check_library, open_artifact, read_manifest_from, read_tensors
+from .artifact_format import open_artifact, read_library, read_manifest_from, read_tensors
 from .bench.flops import kernel_flops
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def inspect_artifact(path: Path) -> ArtifactReport:
     """
     with open_artifact(path) as file:
         manifest = read_manifest_from(file, str(path))
-        check_library(file, str(path), manifest)
+        read_library(file, str(path), manifest)
         read_tensors(file, str(path), manifest, memoryview(bytearray(manifest["tensors"]["bytes"])))
     return ArtifactReport(path, path.stat().st_size, manifest)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Tensors lie at multiples of it, in the file and in memory, since kernels read whole vectors.
@@ -187,22 +187,36 @@ def round_up(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
+def tensor_layout(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Return where tensors of these bytes start, and where the last ends.
+
+    Each starts at the first multiple of `ALIGNMENT` at or after the end of the one before.
+    """
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(round_up(end))
+        end = starts[-1] + size
+    return starts, end
+
+
 def _layout_problem(library_bytes: int, tensors: Mapping[str, Any]) -> str | None:
     """Return where tensors are elsewhere than one after the other behind the library."""
     if tensors["offset"] != (expected := round_up(library_bytes)):
         return f"tensors.offset must be {expected}, found {_shorten(tensors['offset'])}"
-    end = 0
-    for i, item in enumerate(tensors["items"]):
-        where, shape = f"tensors.items[{i}]", item["shape"]
-        if item["offset"] != (expected := round_up(end)):
-            return f"{where}.offset must be {expected}, found {_shorten(item['offset'])}"
-        if len(shape) > _MAX_DIMENSIONS:
-            return f"{where}.shape must have at most {_MAX_DIMENSIONS} items, found {len(shape)}"
-        end = item["offset"] + math.prod(shape) * ITEM_SIZES[item["dtype"]]
-        if end > tensors["bytes"]:
-            return f"{where} must end within the {tensors['bytes']} bytes of all tensors"
+    items = tensors["items"]
+    for i, item in enumerate(items):
+        if len(item["shape"]) > _MAX_DIMENSIONS:
+            found = len(item["shape"])
+            where = f"tensors.items[{i}].shape"
+            return f"{where} must have at most {_MAX_DIMENSIONS} items, found {found}"
+    sizes = [math.prod(item["shape"]) * ITEM_SIZES[item["dtype"]] for item in items]
+    starts, end = tensor_layout(sizes)
+    for i, (item, start) in enumerate(zip(items, starts, strict=True)):
+        if item["offset"] != start:
+            where = f"tensors.items[{i}].offset"
+            return f"{where} must be {_shorten(start)}, found {_shorten(item['offset'])}"
     if end != tensors["bytes"]:
-        return f"tensors.bytes must be {end}, found {_shorten(tensors['bytes'])}"
+        return f"tensors.bytes must be {_shorten(end)}, found {_shorten(tensors['bytes'])}"
     return None
 
 

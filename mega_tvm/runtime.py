@@ -6,13 +6,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import concurrent.futures
 import os
-import platform
-import threading
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,73 +16,37 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
+from mega_tvm.artifact_format import open_artifact, pinned, read_library, read_manifest_from
+from mega_tvm.entries import Entry, EntryRunner, as_argument
 from mega_tvm.errors import (
     DamagedArtifactError,
     IncompatibleArtifactError,
     InputError,
     MegaError,
 )
-from mega_tvm.inputs import (
-    CPU,
-    aligned_empty,
-    as_array,
-    dtype_message,
-    is_aligned,
-    non_finite,
-)
-from mega_tvm.manifest_schema import ALIGNMENT
+from mega_tvm.host import check_cpu, check_version
+from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
+from mega_tvm.library_image import load_image
+from mega_tvm.permissions import warn_if_writable_by_all
 from mega_tvm.runtime_library import (
     RuntimeLibrary,
     available_cpus,
-    load_module,
     runtime_library,
 )
 from mega_tvm.tensor_memory import Tensors, load_tensors
 
+__all__ = ["Entry", "Model", "load"]
+
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One shape that a model was compiled for.
-
-    Parameters
-    ----------
-    name : str
-        The function in the library.
-    input_shape, output_shape : tuple of int
-        ``[B, T, embed]`` and ``[B, hidden]``, both float32.
-    workspace : int
-        Bytes that a call needs for intermediates.
-    """
-
-    name: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    workspace: int
-
-
-class _Scratch:
-    """One thread's memory for one entry: a workspace, and an input for arrays to copy into."""
-
-    def __init__(self, entry: Entry) -> None:
-        workspace = aligned_empty((-(-entry.workspace // 4),)).view(np.uint8)
-        self.workspace = tvm_ffi.from_dlpack(workspace, require_alignment=ALIGNMENT)
-        self._shape = entry.input_shape
-
-    @functools.cached_property
-    def x(self) -> npt.NDArray[np.float32]:
-        """The input."""
-        return aligned_empty(self._shape)
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Model:
     """A loaded model. Make one with `load`.
 
-    A model may be called from several threads at once: each has a workspace of its own, and all
-    share the code and the tensors.
+    A model may be called from several threads at once: each call has memory of its own, and all
+    share the code and the tensors. Other Python threads run while kernels do.
 
     Parameters
     ----------
@@ -114,15 +74,16 @@ class Model:
         self._tensors = tensors
         self._library = library
         self._num_threads = num_threads
-        self._local = threading.local()
         self._entries = tuple(
             Entry(
                 e["name"], tuple(e["input"]["shape"]), tuple(e["output"]["shape"]), e["workspace"]
             )
             for e in manifest["entries"]
         )
-        self._by_shape = {entry.input_shape: entry for entry in self._entries}
-        self._functions = {entry.name: self._function(entry) for entry in self._entries}
+        self._runners = {
+            entry.input_shape: EntryRunner(entry, self._function(entry), tensors.block)
+            for entry in self._entries
+        }
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -148,61 +109,67 @@ class Model:
         shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
         return f"<mega_tvm.Model {str(self._path)!r}: {shapes}, num_threads={self._num_threads}>"
 
-    def __call__(self, x: Any, *, check_finite: bool = False) -> npt.NDArray[np.float32]:
+    def __call__(
+        self, x: Any, *, out: Any = None, check_finite: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Run the model.
 
         Parameters
         ----------
         x : array
             float32, of one of the shapes in `entries`: a NumPy array, or anything on the CPU that
-            exports DLPack. It is read in place if it is C-contiguous, writable and aligned to 64
-            bytes, and copied otherwise.
+            exports DLPack. Where it is larger than 32 KiB, C-contiguous, writable and aligned to
+            64 bytes, it is read in place; it is copied otherwise.
+        out : array, optional
+            Takes the result: float32, of the entry's output shape, writable; with any strides and
+            alignment. It may overlap ``x``, and is left alone if the call fails.
         check_finite : bool, default False
             Refuse NaN and infinity, which propagate to the output otherwise.
 
         Returns
         -------
         ndarray
-            float32, with memory of its own.
+            float32: an array with memory of its own, or the memory of ``out``. Libraries that read
+            DLPack take it without a copy (``torch.from_dlpack(y)``).
 
         Raises
         ------
         InputError
-            If ``x`` has another shape or dtype, or is not an array on the CPU.
+            If ``x`` or ``out`` has another shape or dtype, or is not an array on the CPU.
         """
-        array = as_array(x)
-        entry = self._by_shape.get(array.shape)
-        if entry is None:
+        array = x if type(x) is np.ndarray else as_array(x)
+        runner = self._runners.get(array.shape)
+        if runner is None:
             raise InputError(self._shape_message(array.shape))
-        if array.dtype != np.float32:  # '>f4' differs too
+        # The same object nearly always; '>f4' differs too.
+        if array.dtype is not _FLOAT32 and array.dtype != _FLOAT32:
             raise InputError(dtype_message(array.dtype))
         if check_finite and not np.isfinite(array).all():
             raise InputError(f"expected finite values, found {non_finite(array)}")
-        flags = array.flags
-        if not (flags.c_contiguous and flags.writeable and is_aligned(array)):
-            buffer = self._scratch(entry).x
-            np.copyto(buffer, array)
-            array = buffer
-        output = aligned_empty(entry.output_shape)
+        target = None if out is None else as_output(out, runner.entry.output_shape)
         self._library.use_threads(self._num_threads)
-        arguments = (
-            tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT),
-            self._tensors.block,
-            self._scratch(entry).workspace,
-            tvm_ffi.from_dlpack(output, require_alignment=ALIGNMENT),
-        )
         try:
-            status = self._functions[entry.name](*arguments)
+            result = runner(array, target)
         except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
             ) from error
-        if status != 0:
-            raise MegaError(f"{self._path}: a kernel of {entry.name} failed: out of memory")
-        return output
+        if result is None:
+            raise MegaError(f"{self._path}: a kernel of {runner.entry.name} failed: out of memory")
+        return result
 
     def warmup(self) -> None:
-        """Run each entry once on zeros, so that the first real call finds code and pages ready."""
+        """Run each entry once on zeros, so that the first real call finds code and pages ready.
+
+        With several threads it runs in a thread of its own: the calling one keeps no workers, which
+        a process that is forked now would lack.
+        """
+        if self._num_threads == 1:
+            return self._run_each()
+        with concurrent.futures.ThreadPoolExecutor(1, "mega_tvm-warmup") as thread:
+            thread.submit(self._run_each).result()
+
+    def _run_each(self) -> None:
         for entry in self._entries:
             self(np.zeros(entry.input_shape, np.float32))
 
@@ -233,7 +200,7 @@ class Model:
         """
         self._library.use_threads(self._num_threads)
         tensors = (self.tensors,) if len(self.tensors) else ()
-        return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *tensors)
+        return function(as_argument(x), *tensors)
 
     def _function(self, entry: Entry) -> Any:
         try:
@@ -244,18 +211,8 @@ class Model:
                 "does not hold; compile the model again"
             ) from error
 
-    def _scratch(self, entry: Entry) -> _Scratch:
-        """Return the calling thread's memory for an entry."""
-        scratches: dict[str, _Scratch] | None = getattr(self._local, "scratches", None)
-        if scratches is None:
-            scratches = self._local.scratches = {}
-        scratch = scratches.get(entry.name)
-        if scratch is None:
-            scratch = scratches[entry.name] = _Scratch(entry)
-        return scratch
-
     def _shape_message(self, found: tuple[int, ...]) -> str:
-        shapes = [str(list(shape)) for shape in self._by_shape]
+        shapes = [str(list(shape)) for shape in self._runners]
         if len(shapes) > _SHAPES_IN_MESSAGES:
             shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
         return (
@@ -264,10 +221,11 @@ class Model:
         )
 
 
-def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
+def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | None = None) -> Model:
     """Load a compiled model.
 
-    The file is checked whole before any code of it runs.
+    The file is opened once and checked whole before any code of it runs, and what runs is what was
+    checked. It is not needed afterwards. A compiled model is code: load what you trust.
 
     Parameters
     ----------
@@ -276,6 +234,9 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
     num_threads : int, default 1
         Threads that a call may use, the caller's included. More than the process has CPUs are
         not used, with a warning. With one, no thread is started.
+    sha256 : str, optional
+        Digest of the file, in hex, from a place that you trust: another file is refused before
+        anything of it is used. Without it, a file that every user can write gives a warning.
 
     Returns
     -------
@@ -289,27 +250,30 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
         If its bytes are not what the compiler wrote.
     IncompatibleArtifactError
         If it is not for this CPU or these versions, or TVM's runtime library is not found.
+    UntrustedArtifactError
+        If ``sha256`` is given, and is not the file's.
     """
     threads = _check_num_threads(num_threads)
     path = Path(os.path.abspath(path))
     name = str(path)
-    with open_artifact(path) as file:
+    with open_artifact(path) as opened:
+        if sha256 is None:
+            warn_if_writable_by_all(path, os.fstat(opened.fileno()), "pass its digest, sha256=...")
+        file = opened if sha256 is None else pinned(opened, name, sha256)
         manifest = read_manifest_from(file, name)
-        _check_cpu(name, manifest)
-        _check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
-        check_library(file, name, manifest)
+        check_cpu(name, manifest)
+        check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
+        image = read_library(file, name, manifest)
         tensors = load_tensors(file, name, manifest)
-        library = runtime_library(path.parent)
-        if library.version is not None:
-            _check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
-        try:
-            module = load_module(path)
-        except Exception as error:  # the loader's, which are RuntimeError and others
-            raise IncompatibleArtifactError(
-                f"{name}: the library is whole, but TVM cannot load it: {error}"
-            ) from error
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise DamagedArtifactError(f"{name}: was replaced while it was loaded; load it again")
+    library = runtime_library(path.parent)
+    if library.version is not None:
+        check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
+    try:
+        module = load_image(image)
+    except Exception as error:  # the loader's, which are RuntimeError and others
+        raise IncompatibleArtifactError(
+            f"{name}: the library is whole, but cannot be loaded: {error}"
+        ) from error
     return Model(path, manifest, module, tensors, library, threads)
 
 
@@ -324,48 +288,3 @@ def _check_num_threads(num_threads: int) -> int:
             stacklevel=3,
         )
     return min(num_threads, cpus)
-
-
-def _check_cpu(name: str, manifest: dict[str, Any]) -> None:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise IncompatibleArtifactError(
-            f"{name}: expected an x86-64 CPU, found {platform.machine()}; "
-            "compile the model for this machine"
-        )
-    needed = manifest["target"]["cpu_features"]
-    found = _cpu_flags()
-    if missing := [feature for feature in needed if feature not in found]:
-        raise IncompatibleArtifactError(
-            f"{name}: compiled for {manifest['target']['name']}, but this CPU lacks "
-            f"{', '.join(missing)}; compile the model for this machine (--target native there), "
-            "or for a target that has less"
-        )
-    if "amx_tile" in needed:
-        _request_amx(name)
-
-
-def _cpu_flags() -> set[str]:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    return set()
-
-
-def _request_amx(name: str) -> None:
-    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for the whole process.
-    arguments = (ctypes.c_long(number) for number in (158, 0x1023, 18))
-    if ctypes.CDLL(None, use_errno=True).syscall(*arguments) != 0:
-        raise IncompatibleArtifactError(
-            f"{name}: uses AMX tiles, which this kernel does not grant "
-            f"({os.strerror(ctypes.get_errno())}); Linux 5.16 or newer is needed"
-        )
-
-
-def _check_version(name: str, package: str, expected: str, found: str) -> None:
-    # Releases that differ in their first two numbers may differ in their binary interface.
-    if expected.split(".")[:2] != found.split(".")[:2]:
-        raise IncompatibleArtifactError(
-            f"{name}: compiled with {package} {expected}, found {found}; "
-            f"install {package}=={expected}, or compile the model again"
-        )
