@@ -44,3 +44,7 @@ class DamagedArtifactError(ArtifactError):
 
 class IncompatibleArtifactError(ArtifactError):
     """A compiled model is whole, but not for this CPU, these versions or this process."""
+
+
+class TuningError(MegaError):
+    """A tuning log cannot be read or written, or a tuning cannot go on."""
