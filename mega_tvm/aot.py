@@ -67,7 +67,7 @@ def add_run_functions(
     """
     builder = relax.BlockBuilder(mod)
     plain = {
-        gvar.name_hint: builder.add_func(_as_c_function(func), f"{gvar.name_hint}__c")
+        gvar.name_hint: builder.add_func(as_c_function(func), f"{gvar.name_hint}__c")
         for gvar, func in mod.functions_items()
         if isinstance(func, tirx.PrimFunc)
     }
@@ -100,7 +100,7 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     return block
 
 
-def _as_c_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
+def as_c_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
     pointers = [
         tirx.Var(buffer.name, tvm.ir.PointerType(tvm.ir.PrimType(str(buffer.dtype))))

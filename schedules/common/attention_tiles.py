@@ -23,9 +23,11 @@ def sample_blocking(sch: Schedule, spec: AttentionSpec, unit: VectorUnit, tile_q
     AVX-512, 6x2 beside 2 with AVX2. ``block_q`` is a multiple of ``tile_q``, see `read_blocking`.
     """
     panel_vectors = 4 if unit.registers == 32 else 2
-    decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 8], tile_q)
+    decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 7, 8, 10, 12], tile_q)
     decisions.sample(sch, "panel_vectors", [1, 2, 4], panel_vectors)
-    decisions.sample(sch, "block_q", [12, 24, 30, 48, 96], BLOCK_Q if spec.q_len > 96 else 30)
+    # From many small blocks, which split evenly over threads, to one that reads each panel once.
+    blocks = [6, 10, 12, 15, 18, 20, 24, 30, 36, 48, 60, 72, 96]
+    decisions.sample(sch, "block_q", blocks, BLOCK_Q if spec.q_len > 96 else 30)
 
 
 def read_blocking(chosen: Mapping[str, int], lanes: int, spec: AttentionSpec) -> Blocking:
