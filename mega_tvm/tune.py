@@ -17,6 +17,8 @@ from .errors import TuningError
 
 # The default model has ten kernels with something to decide.
 DEFAULT_TRIALS = 1500
+INTERRUPTED = 130
+TABLE_WIDTH = 110  # in a pipe, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.merge or arguments.keep_best:
         return _edit(arguments)
-    return _tune(arguments)
+    try:
+        return _tune(arguments)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; what was measured is in {arguments.tuning_log}, start again to go on",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
 
 
 def _edit(arguments: argparse.Namespace) -> int:
@@ -155,7 +164,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             session.report = report
             session.run(arguments.trials)
         ceilings = None if tracker else pool.ceilings()
-    out.print(summary(session.kernels, ceilings))
+    out.print(summary(session.kernels, ceilings), width=max(out.width, TABLE_WIDTH))
     trials = sum(progress.trials for progress in session.kernels) - resumed
     seconds = time.perf_counter() - started
     out.print(

@@ -5,9 +5,9 @@ no field for stands in its trace, as annotations of the root block, which schedu
 
 ``tuning.made_by``
     The versions, see `mega_tvm.tuning.versions`.
-``tuning.hand_ns``
-    Only on a confirmed record, which a compile may use: the hand schedule's time beside which it
-    was measured, turn by turn.
+``tuning.hand_ps``
+    Only on a confirmed record, which a compile may use: the hand schedule's time in picoseconds,
+    measured turn by turn with it.
 ``tuning.error``
     Only on a candidate that failed: why.
 
@@ -33,7 +33,7 @@ from .versions import made_by
 
 # What MetaSchedule writes as the time of a candidate that failed.
 FAILED = 1e10
-_MADE_BY, _HAND, _ERROR = "tuning.made_by", "tuning.hand_ns", "tuning.error"
+_MADE_BY, _HAND, _ERROR = "tuning.made_by", "tuning.hand_ps", "tuning.error"
 
 # An op and its specification, as the PrimFunc's attributes state them.
 KernelKey = tuple[str, str]
@@ -119,7 +119,7 @@ class Record:
         root = sch.get_sblock("root")
         sch.annotate(root, _MADE_BY, made_by(op))
         if hand_seconds is not None:
-            sch.annotate(root, _HAND, round(hand_seconds * 1e9))
+            sch.annotate(root, _HAND, round(hand_seconds * 1e12))
         if error is not None:
             sch.annotate(root, _ERROR, _plain(error))
         workload = Workload(space.workload)
@@ -152,7 +152,7 @@ class Record:
             TargetKey.from_json(target),
             int(target["num-cores"]),
             str(notes[_MADE_BY]).strip('"'),
-            None if hand is None else int(hand) / 1e9,
+            None if hand is None else int(hand) / 1e12,
             None if error is None else str(error).strip('"'),
         )
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -83,10 +84,10 @@ def state(progress: Progress) -> str:
 
 def summary(kernels: Sequence[Progress], ceilings: Ceilings | None) -> Table:
     """Return the table of what was tuned: every kernel, and all of a model's calls together."""
-    table = Table(title="tuned kernels, us a call")
-    table.add_column("kernel", no_wrap=True, min_width=max(len(p.kernel.name) for p in kernels))
+    table = Table(title="tuned kernels, us a call", box=box.SIMPLE_HEAD)
+    table.add_column("kernel", no_wrap=True)
     for column in ("calls", "trials", "hand", "tuned", "gain", "share of ceiling"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     hand_total = tuned_total = 0.0
     for progress in kernels:
         kernel, record = progress.kernel, progress.confirmed

@@ -1,8 +1,8 @@
 """A tuning from its start, or from where it was interrupted, to its end.
 
-1. Search. Batch after batch goes to the kernel that takes the largest share of the model's time for
-   the batches that it had, so that an interrupt at any time leaves the trials where they matter.
-   Each batch is in the log before the next one starts.
+1. Search. Batch after batch goes to the kernel that takes the largest share of the model's time,
+   for the batches that it had: an interrupt at any time leaves the trials where they matter. Each
+   batch is in the log before the next one starts.
 2. Confirm. The fastest candidates of each kernel are measured against its hand schedule, turn by
    turn. Only what wins there is confirmed, and only confirmed records are used by a compile; where
    none wins, the hand schedule is confirmed.
@@ -39,6 +39,8 @@ FINALISTS = 3
 # A candidate must be faster in the median by more than what two runs of one differ by, and in three
 # rounds of four.
 LEAST_GAIN = 1.01
+# Candidates in a row that found no device: there is none.
+LOST_IN_A_ROW = 2 * BATCH
 
 
 @dataclasses.dataclass
@@ -66,11 +68,11 @@ class Progress:
 
     @property
     def urgency(self) -> float:
-        """Share of the model's time for each batch so far."""
+        """Share of the model's time, less with each batch: trials go as the root of the share."""
         best = self.search.best
         if best is None:
             return float("inf") if self.batches == 0 else 0.0
-        return self.kernel.calls * best[1] / (1 + self.batches)
+        return self.kernel.calls * best[1] / (1 + self.batches) ** 2
 
 
 Report = Callable[[Sequence[Progress], Progress], None]
@@ -117,6 +119,7 @@ class Session:
         self._directory, self._pool = directory, pool
         self.report: Report = lambda every, one: None
         self._started = time.perf_counter()
+        self._lost = 0
         self._run: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -181,14 +184,18 @@ class Session:
     def _batch(self, progress: Progress, size: int) -> None:
         candidates = progress.search.propose(size)
         results = self._pool.measure(progress.kernel.task, candidates)
-        if all(result.lost for result in results):
+        lost = all(result.lost for result in results)
+        self._lost = self._lost + len(results) if lost else 0
+        if self._lost >= LOST_IN_A_ROW:
             raise TuningError(
                 f"no device answers: {results[0].error}. What was measured is in "
                 f"{self._directory}; start again to go on"
             )
-        known = [pair for pair in zip(candidates, results, strict=True) if not pair[1].lost]
-        for decisions, result in known:
+        pairs = list(zip(candidates, results, strict=True))
+        known = [pair for pair in pairs if not pair[1].lost]
+        for decisions, result in pairs:  # one that lost its device may try again another time
             progress.search.tell(decisions, result.seconds)
+        for _, result in known:
             progress.trials += 1
             progress.failed += result.seconds is None
         progress.batches += 1

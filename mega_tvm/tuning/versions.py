@@ -35,8 +35,8 @@ def made_by(op: str) -> str:
 def source_digest(path: Path) -> str:
     """Return the digest of a schedule's source: its own, what it imports, and the TIR pipeline."""
     digest = hashlib.sha256()
-    for file in sorted({*_closure(path), Path(lowering.__file__)}):
-        digest.update(_code(file).encode())
+    for code in sorted(map(_code, {*_closure(path), Path(lowering.__file__)})):
+        digest.update(code.encode())
     return digest.hexdigest()
 
 

@@ -237,3 +237,6 @@ class Pool:
             except WorkerError as error:
                 # A fleet's device that no one gives is not the candidate's fault.
                 results[index] = Result(None, f"run: {error}", lost=self._remote)
+                if self._remote:  # the rest of the batch would wait for it as long
+                    results.update({left: results[index] for left in share if left not in results})
+                    return
