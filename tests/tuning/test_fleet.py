@@ -56,7 +56,7 @@ def fleet():
         processes.append(
             start(
                 "tvm.exec.rpc_server", "--port", str(low), "--port-end", str(low + 20),
-                "--tracker", f"127.0.0.1:{port}", "--key", KEY, "--fork",
+                "--tracker", f"127.0.0.1:{port}", "--key", KEY,
             )
         )  # fmt: skip
     try:
