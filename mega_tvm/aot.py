@@ -57,7 +57,7 @@ class RunFunction:
 
 
 @dataclasses.dataclass(frozen=True)
-class _CFunction:
+class CFunction:
     """A kernel on addresses, and the shapes of its arguments, which tell what its variables are.
 
     It takes the variables behind the addresses.
@@ -107,7 +107,7 @@ def add_run_functions(
     plain = {}
     for gvar, func in mod.functions_items():
         if isinstance(func, tirx.PrimFunc):
-            kernel = _as_c_function(func)
+            kernel = as_c_function(func)
             name = f"{gvar.name_hint}__c"
             plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
     starts, end = tensor_layout(array.nbytes for array in tensors)
@@ -131,7 +131,7 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     return block
 
 
-def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
+def as_c_function(func: tirx.PrimFunc) -> CFunction:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
     shapes = [_extents(buffer.shape) for buffer in func.params]
     named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
@@ -153,7 +153,7 @@ def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
         tvm.ir.PrimType("int32"),
         tvm.ir.make_node("ir.DictAttrs", **attrs),
     )
-    return _CFunction(plain, shapes)
+    return CFunction(plain, shapes)
 
 
 def _extents(shape: Iterable[tirx.PrimExpr]) -> tuple[Extent, ...]:
@@ -197,7 +197,7 @@ class _Workspace:
         return {region_name(region): self.sizes[region] for region in sorted(self.sizes)}
 
 
-_Kernel = tuple[GlobalVar, _CFunction]
+_Kernel = tuple[GlobalVar, CFunction]
 
 
 def _run_function(

@@ -10,13 +10,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from reference import MegaConfig
 from reference.config import ConfigError
 
 from .console import console, print_settings, run_command
 
-_DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
+if TYPE_CHECKING:
+    from .tuning.lookup import TunedSchedules
+
+DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mega_tvm.compile",
         description="Compile a Mega model into one shared library with its weights inside.",
     )
+    add_model_options(parser)
+    _add_compile_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is compiled, and for which target; `mega_tvm.tune` has them."""
     add = parser.add_argument
     add(
         "--target",
@@ -78,7 +91,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
     )
+
+
+def _add_compile_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
+    add(
+        "--tuning-log",
+        type=Path,
+        metavar="DIR",
+        help="a log of mega_tvm.tune (default: those shipped for the target)",
+    )
+    add("--no-tuning", action="store_true", help="schedule every kernel by hand")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads that the library will mostly run with: chooses tuning records (default: 1)",
+    )
+    add("--strict", action="store_true", help="fail where a kernel has no valid tuning record")
     add("--seed", type=int, default=0, metavar="N", help="seed of fresh weights (default: 0)")
     add(
         "--disable-pass",
@@ -107,7 +139,6 @@ def _parser() -> argparse.ArgumentParser:
         help="write the library, and all that a host without pip needs to run it from C++ or "
         "Python, into a new directory; in place of -o",
     )
-    return parser  # fmt: skip
 
 
 def _numbers(text: str) -> list[int]:
@@ -137,7 +168,7 @@ def _compile_bundle(arguments: argparse.Namespace) -> int:
 def _compile(arguments: argparse.Namespace) -> int:
     out = console()
     started = time.perf_counter()
-    options = _options(arguments)
+    options = model_options(arguments)
     output = arguments.output or Path(
         f"{arguments.weights.stem}.so" if arguments.weights else "mega.so"
     )
@@ -149,7 +180,7 @@ def _compile(arguments: argparse.Namespace) -> int:
 
     model: Path | MegaConfig = arguments.weights
     if model is None:
-        model = MegaConfig.from_dict({"embed_dim": _DEFAULT_EMBED_DIM, **options})
+        model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})
     source = resolve_model(model, options, arguments.seed)
     config = source.config
     assert config is not None  # a checkpoint and a config both have one
@@ -168,6 +199,11 @@ def _compile(arguments: argparse.Namespace) -> int:
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
             "dtype": arguments.dtype,
+            "tuning log": "none"
+            if arguments.no_tuning
+            else arguments.tuning_log or "those shipped for the target",
+            "threads": arguments.threads,
+            "strict": "yes" if arguments.strict else "no",
             "disabled passes": ", ".join(arguments.disable_pass) or "none",
             "output": output if arguments.bundle is None else f"bundle {arguments.bundle}",
         },
@@ -187,12 +223,17 @@ def _compile(arguments: argparse.Namespace) -> int:
             batch=arguments.batch,
             seq_len=arguments.seq_len,
             dtype=arguments.dtype,
+            tuning_log=arguments.tuning_log,
+            use_tuning=not arguments.no_tuning,
+            threads=arguments.threads,
+            strict=arguments.strict,
             output=output,
             options=options,
             seed=arguments.seed,
             disabled_passes=arguments.disable_pass,
             debug_dump=arguments.debug_dump,
             on_phase=on_phase,
+            on_tuning=lambda tuned: _print_lookups(out, tuned),
         )
     manifest = read_manifest(path)
     parity = manifest["parity"]
@@ -210,7 +251,15 @@ def _compile(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, object]:
+def _print_lookups(out: Console, tuned: TunedSchedules) -> None:
+    """Print what was looked up for each kernel, and what was skipped."""
+    for problem in tuned.problems:
+        out.print(f"warning: {problem}; skipped", markup=False)
+    for name, outcome in sorted(tuned.outcomes.items()):
+        out.print(f"  kernel {name}: {outcome}", markup=False)
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the model's options that the user gave, by the config file or one by one."""
     options: dict[str, object] = {}
     if arguments.config is not None:

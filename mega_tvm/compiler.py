@@ -22,6 +22,7 @@ from .pipeline import Compiled, run_pipeline
 from .symbolic_entry import FIXED
 from .targets import CpuTarget, machine_runs, resolve_target
 from .tolerances import compare
+from .tuning.lookup import TunedSchedules, find_logs
 from .weights import Checkpoint
 
 DTYPES = ("float32",)
@@ -42,9 +43,14 @@ def compile_model(
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
     options: Mapping[str, object] | None = None,
     seed: int = DEFAULT_SEED,
+    tuning_log: str | os.PathLike[str] | None = None,
+    use_tuning: bool = True,
+    threads: int = 1,
+    strict: bool = False,
     disabled_passes: Collection[str] = (),
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    on_tuning: Callable[[TunedSchedules], None] = lambda tuned: None,
 ) -> Path:
     """Compile a model into one shared library with its weights inside.
 
@@ -67,12 +73,22 @@ def compile_model(
         Options of `MegaConfig` that a checkpoint file does not state.
     seed : int
         Seed of fresh weights.
+    tuning_log : path-like, optional
+        A tuning log; without, those shipped with the package for the target.
+    use_tuning : bool
+        False schedules every kernel by hand.
+    threads : int
+        The thread count that the library will mostly run with: it chooses among records.
+    strict : bool
+        Fail where a kernel has no record that is valid.
     disabled_passes : collection of str
         Graph passes to switch off, see `mega_tvm.passes.OPTIONAL_PASSES`.
     debug_dump : path-like, optional
         A folder for the module after each phase, and the generated assembly.
     on_phase : callable
         Called with the name of each phase as it starts.
+    on_tuning : callable
+        Called with what the lookups found, after the schedule phase.
 
     Returns
     -------
@@ -81,7 +97,7 @@ def compile_model(
 
     Raises
     ------
-    CompileError, WeightsError, TargetError, UnsupportedModelError
+    CompileError, WeightsError, TargetError, UnsupportedModelError, TuningError
         Each says what was expected, what came, and what to do. Nothing is written then.
     """
     cpu_target = resolve_target(target)
@@ -89,12 +105,15 @@ def compile_model(
         raise CompileError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     check_destination(Path(os.path.abspath(output)))  # now, not after the compile
     source = resolve_model(model, options, seed)
-    shapes = _shapes(source, batch, seq_len, input_shape)
+    shapes = input_shapes(source, batch, seq_len, input_shape)
+    tuned = _tuned_schedules(cpu_target, tuning_log, use_tuning, _positive("threads", threads))
     on_phase("import")
-    mod = _import(source.module, shapes)
+    mod = import_entries(source.module, shapes)
     compiled = run_pipeline(
         mod,
         cpu_target,
+        tuned=tuned,
+        on_scheduled=lambda: _check_tuning(tuned, strict, on_tuning),
         disabled_passes=disabled_passes,
         debug_dump=None if debug_dump is None else Path(debug_dump),
         on_phase=on_phase,
@@ -117,6 +136,7 @@ def compile_model(
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
+        "tuning": {"log": tuned.digest, "threads": threads},
         "disabled_passes": sorted(disabled_passes),
         "parity": _parity(compiled, source, cpu_target, shapes, dtype),
     }
@@ -124,13 +144,42 @@ def compile_model(
     return write_artifact(compiled.executable, manifest, output, compiled.tensors)
 
 
-def _shapes(
+def _tuned_schedules(
+    target: CpuTarget, given: str | os.PathLike[str] | None, use_tuning: bool, threads: int
+) -> TunedSchedules:
+    if not use_tuning:
+        return TunedSchedules(target, threads, [])
+    logs = find_logs(target, None if given is None else Path(given))
+    return TunedSchedules(target, threads, logs)
+
+
+def _check_tuning(
+    tuned: TunedSchedules, strict: bool, on_tuning: Callable[[TunedSchedules], None]
+) -> None:
+    """Tell what the lookups found, and refuse a miss where the user asked for that."""
+    on_tuning(tuned)
+    missed = [f"{name}: {found}" for name, found in tuned.outcomes.items() if found.kind != "hit"]
+    if strict and missed:
+        raise CompileError(
+            f"strict: {len(missed)} of {len(tuned.outcomes)} kernels have no valid tuning record "
+            f"for {tuned.threads} thread(s): {'; '.join(missed)}. Tune them with "
+            "python -m mega_tvm.tune, or compile without strict"
+        )
+
+
+def input_shapes(
     source: ModelSource,
     batch: int | Sequence[int],
     seq_len: int | Sequence[int] | None,
     input_shape: Sequence[int] | None,
 ) -> dict[str, tuple[int, ...]]:
-    """Return the input shapes to compile for, by entry name."""
+    """Return the input shapes to compile for, by entry name.
+
+    Raises
+    ------
+    CompileError
+        If they are no positive integers, or not distinct.
+    """
     if input_shape is not None:
         return {"main": tuple(_positive("input_shape", size) for size in input_shape)}
     config = source.config
@@ -159,7 +208,8 @@ def _positive(name: str, value: object) -> int:
     return value
 
 
-def _import(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tvm.IRModule:
+def import_entries(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tvm.IRModule:
+    """Import a module once for each input shape."""
     functions = {}
     for name, shape in shapes.items():
         main = import_module(module, shape)["main"]

@@ -48,3 +48,7 @@ class IncompatibleArtifactError(ArtifactError):
 
 class UntrustedArtifactError(ArtifactError):
     """A file is not the one that the caller named by its digest."""
+
+
+class TuningError(MegaError):
+    """A tuning log cannot be read or written, or a tuning cannot go on."""

@@ -37,6 +37,7 @@ from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
+from .tuning.lookup import TunedSchedules
 
 PHASES = ("graph", "kernels", "schedule", "pack", "lower")
 SCHEDULE_ATTR = "mega.schedule"
@@ -86,9 +87,11 @@ def run_pipeline(
     mod: tvm.IRModule,
     target: CpuTarget,
     *,
+    tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    on_scheduled: Callable[[], None] = lambda: None,
 ) -> Compiled:
     """Compile a Relax module.
 
@@ -97,12 +100,16 @@ def run_pipeline(
     mod : tvm.IRModule
         As a frontend gives it: one Relax function an entry.
     target : CpuTarget
+    tuned : TunedSchedules, optional
+        Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
         Names from `mega_tvm.passes.OPTIONAL_PASSES`.
     debug_dump : Path, optional
         A folder for the module after each phase, and the generated assembly.
     on_phase : callable
         Called with each phase's name as it starts.
+    on_scheduled : callable
+        Called after the schedule phase; what it raises ends the compile before its slow phases.
 
     Raises
     ------
@@ -131,7 +138,8 @@ def run_pipeline(
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes))
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
-        mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled))
+        mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled, tuned))
+        on_scheduled()
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         mod, workspaces = add_run_functions(mod, tensors)
@@ -174,7 +182,7 @@ def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
     left = sorted(
         {
             str(call.op.name)
-            for _, call in _calls(mod)
+            for _, call in calls_of(mod)
             if isinstance(call.op, Op) and str(call.op.name) not in _LOWERED_LATER
         }
     )
@@ -190,7 +198,10 @@ _LOWERED_LATER = frozenset({"relax.call_tir", "relax.reshape"})
 
 
 def schedule_phase(
-    mod: tvm.IRModule, target: tvm.target.Target, scheduled: dict[str, ScheduledKernel]
+    mod: tvm.IRModule,
+    target: tvm.target.Target,
+    scheduled: dict[str, ScheduledKernel],
+    tuned: TunedSchedules | None = None,
 ) -> tvm.IRModule:
     """Schedule every PrimFunc; ``scheduled`` is filled with Mega's kernels, by name."""
     functions = dict(mod.functions_items())
@@ -201,10 +212,15 @@ def schedule_phase(
         if op is None:
             new = generic_schedule(func, target).with_attr(SCHEDULE_ATTR, "generic")
         else:
-            kernel = hand_schedule(func, target)
-            scheduled[gvar.name_hint] = kernel
+            name, source = str(gvar.name_hint), "hand"
+            if tuned is None:
+                kernel = hand_schedule(func, target)
+            else:
+                kernel = tuned.schedule(name, func, target)
+                source = tuned.outcomes[name].source
+            scheduled[name] = kernel
             marks = {key: func.attrs[key] for key in ("mega.op", SPEC_ATTR)}
-            new = kernel.func.with_attr({**marks, SCHEDULE_ATTR: "hand"})
+            new = kernel.func.with_attr({**marks, SCHEDULE_ATTR: source})
         mod.update_func(gvar, new)
     return mod
 
@@ -229,7 +245,7 @@ def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     return relax.build(mod, target, relax_pipeline=to_vm, tir_pipeline=CPU_PIPELINE)
 
 
-def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
+def calls_of(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
     """Yield every bound call of every Relax function, with the function's name."""
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function):
@@ -241,7 +257,7 @@ def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
 
 def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
     calls = Counter(
-        call.args[0].name_hint for _, call in _calls(mod) if call.op == Op.get("relax.call_tir")
+        call.args[0].name_hint for _, call in calls_of(mod) if call.op == Op.get("relax.call_tir")
     )
     kernels = []
     for gvar, func in mod.functions_items():

@@ -43,6 +43,25 @@ def kernel_op(func: tirx.PrimFunc) -> str | None:
     return str(func.attrs[OP_ATTR]) if func.attrs and OP_ATTR in func.attrs else None
 
 
+def sample_decisions(func: tirx.PrimFunc, target: Target) -> Schedule:
+    """Sample the decisions of a naive Mega kernel: the defaults, with what a search may choose.
+
+    Raises
+    ------
+    KeyError
+        If the PrimFunc is no Mega kernel: ask `kernel_op` first.
+    """
+    sch = Schedule(tvm.IRModule({"main": func}))
+    CPU[kernel_op(func) or ""].schedule(sch, target)
+    return sch
+
+
+def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Write out the TensorIR that the decisions noted on a naive Mega kernel select."""
+    with quick_parser_lookup():
+        return CPU[kernel_op(func) or ""].generate(func, target)
+
+
 def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     """Schedule a naive Mega kernel with its default decisions.
 
@@ -51,8 +70,4 @@ def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     KeyError
         If the PrimFunc is no Mega kernel: ask `kernel_op` first.
     """
-    kernel = CPU[kernel_op(func) or ""]
-    sch = Schedule(tvm.IRModule({"main": func}))
-    kernel.schedule(sch, target)
-    with quick_parser_lookup():
-        return kernel.generate(sch.mod["main"], target)
+    return generate(sample_decisions(func, target).mod["main"], target)

@@ -27,10 +27,12 @@ def sample_blocking(
     AVX-512, 6x2 beside 2 with AVX2.
     """
     panel_vectors = 4 if unit.registers == 32 else 2
-    decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 8], tile_q)
+    decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 7, 8, 10, 12], tile_q)
     decisions.sample(sch, "panel_vectors", [1, 2, 4], panel_vectors)
     decisions.sample(sch, "span_panels", [1, 2, 4, 8], span_panels)
-    decisions.sample(sch, "block_q", [12, 24, 30, 48, 96], BLOCK_Q)
+    # From many small blocks, which split evenly over threads, to one that reads each panel once.
+    blocks = [6, 10, 12, 15, 18, 20, 24, 30, 36, 48, 60, 72, 96]
+    decisions.sample(sch, "block_q", blocks, BLOCK_Q)
 
 
 def read_blocking(chosen: Mapping[str, int], lanes: int) -> Blocking:

@@ -55,10 +55,10 @@ def schedule(sch: Schedule, target: Target) -> None:
     spec = DenseSpec.of(sch.mod["main"])
     unit = vector_unit(target)
     tile_m, panel_vectors = default_tile(spec, unit)
-    decisions.sample(sch, "tile_m", sorted({1, 2, 3, 4, 5, 6, 8, 10, 12, 14, tile_m}), tile_m)
+    decisions.sample(sch, "tile_m", sorted({1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, tile_m}), tile_m)
     widths = {2, 4, 6, 8} if spec.swiglu else {1, 2, 3, 4, 6, 8}
     decisions.sample(sch, "panel_vectors", sorted(widths | {panel_vectors}), panel_vectors)
-    decisions.sample(sch, "block_m", sorted({60, 120, 240, BLOCK_M}), BLOCK_M)
+    decisions.sample(sch, "block_m", sorted({12, 24, 30, 48, 60, 120, 240, BLOCK_M}), BLOCK_M)
     decisions.sample(sch, "prefetch", [0, 1], 1)
 
 

@@ -33,13 +33,14 @@ class LoadedModel:
             folder = self._own_folder.name
         shape = f"B{workload.batch}-T{workload.seq_len}"
         form = "laplace" if workload.config.laplace_attention else "softmax"
-        library = Path(folder) / f"{checkpoint.digest[:16]}-{form}-{shape}.so"
+        library = Path(folder) / f"{checkpoint.digest[:16]}-{form}-{shape}-{threads}.so"
         if not library.exists():
             mega_tvm.compile_model(
                 checkpoint,
                 target="native",
                 batch=workload.batch,
                 seq_len=workload.seq_len,
+                threads=threads,
                 output=library,
             )
         self._model = mega_tvm.load(library, num_threads=threads)
