@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from ..errors import ModelFileError
 
@@ -37,6 +37,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     model = _parse(path)
     try:
         _load_external(model, path)
+        _check_tensors(model)
         _check_opsets(model)
         _check_functions(model)
         _check_by_onnx(model)
@@ -123,8 +124,10 @@ def first_line(error: BaseException) -> str:
     return clip(lines[0] if lines else type(error).__name__, 300)
 
 
-def clip(text: str, limit: int = _NAME_LIMIT) -> str:
+def clip(text: str | bytes, limit: int = _NAME_LIMIT) -> str:
     """Return text of an untrusted file as one printable line of limited length."""
+    if isinstance(text, bytes):  # what protobuf makes of a string that is not UTF-8
+        text = text.decode("latin-1")
     line = text.encode("unicode_escape").decode("ascii")
     return line if len(line) <= limit else f"{line[:limit]}..."
 
@@ -210,6 +213,24 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
             ) from error
         tensor.ClearField("data_location")
         del tensor.external_data[:]
+
+
+def _check_tensors(model: onnx.ModelProto) -> None:
+    """Refuse tensors whose data are not what their shape and type take."""
+    for tensor in _tensors(model):
+        if tensor.data_type == TensorProto.UNDEFINED and not tensor.dims:
+            continue  # an attribute's, which it does not have
+        try:
+            if min(tensor.dims, default=0) < 0 or math.prod(tensor.dims) > _MOST_BYTES:
+                raise ValueError("such a shape is not allowed")
+            numpy_helper.to_array(tensor)
+        except MemoryError:
+            raise
+        except Exception as error:  # ONNX raises what NumPy does
+            raise ModelFileError(
+                f"tensor {clip(tensor.name)} of shape {clip(str(list(tensor.dims)))} and type "
+                f"{_type_name(tensor.data_type)} cannot be read: {first_line(error)}"
+            ) from error
 
 
 def _check_opsets(model: onnx.ModelProto) -> None:

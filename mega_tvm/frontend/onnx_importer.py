@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 from tvm import relax
 from tvm.ir.expr import GenericConst
 from tvm.relax.frontend.onnx import onnx_frontend as tvm_onnx
@@ -27,6 +26,7 @@ from reference.numpy_mega import LAYER_NORM_EPS
 
 from .. import relax_ops
 from ..errors import UnsupportedModelError
+from .onnx_evaluate import evaluate_all
 from .onnx_file import all_nodes, clip, first_line
 from .onnx_parts import KERNEL_DOMAIN, Shape
 
@@ -125,9 +125,8 @@ class Importer:
             [helper.make_tensor_value_info(name, 0, None) for name in node.output if name],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
-        with np.errstate(all="ignore"):
-            found = iter(ReferenceEvaluator(model).run(None, feeds))
-        return [next(found) if name else np.zeros((), np.float32) for name in node.output]
+        found = evaluate_all(model, feeds)
+        return [found[name] if name else np.zeros((), np.float32) for name in node.output]
 
     def by_tvm(
         self, node: onnx.NodeProto, inputs: Sequence[relax.Expr | None]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 from tvm.relax.frontend.onnx import onnx_frontend as tvm_onnx
 
 from .onnx_file import STANDARD, all_nodes, clip
-from .onnx_parts import KERNEL_DOMAIN
 
 # The importer does these itself.
 OWN = frozenset({"Constant", "If", "Scan", "Shape", "Size"})
@@ -17,13 +18,17 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next(int(o.version) for o in model.opset_import if o.domain in STANDARD)
 
 
-def unsupported_operators(model: onnx.ModelProto) -> list[str]:
-    """Return the operators of a model without functions that cannot be imported, sorted."""
+def unsupported_operators(
+    model: onnx.ModelProto, kept: Collection[tuple[str, str]] = ()
+) -> list[str]:
+    """Return the operators of a model that cannot be imported, sorted; ``kept`` functions can."""
     opset = opset_of(model)
     converters = tvm_onnx._get_convert_map()
 
     def is_known(node: onnx.NodeProto) -> bool:
-        if node.domain == KERNEL_DOMAIN or (node.domain in STANDARD and node.op_type in OWN):
+        if (node.domain, node.op_type) in kept:
+            return True
+        if node.domain in STANDARD and node.op_type in OWN:
             return True
         try:
             converters[node.op_type].get_converter(opset)

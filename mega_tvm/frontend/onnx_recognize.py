@@ -23,8 +23,15 @@ from reference import numpy_mega
 from reference.onnx_functions import DOMAIN
 
 from ..errors import ModelFileError, UnsupportedModelError
-from .onnx_evaluate import Array, evaluate_all, evaluate_nodes, to_float64
-from .onnx_file import STANDARD, all_nodes, check_sizes, clip, first_line, input_dims, model_input
+from .onnx_evaluate import (
+    PROBE_BUDGET,
+    Array,
+    TooLongError,
+    evaluate_all,
+    evaluate_nodes,
+    to_float64,
+)
+from .onnx_file import check_sizes, clip, first_line, input_dims, model_input
 from .onnx_identify import same_function
 from .onnx_operators import unsupported_operators
 from .onnx_parts import KERNEL_DOMAIN, Search, Shape
@@ -65,29 +72,34 @@ def recognize(model: onnx.ModelProto, shapes: Sequence[Shape]) -> Recognized:
     """
     notes: list[str] = []
     flat = _inline(model, set())
-    if any(node.domain not in STANDARD for node in all_nodes(flat.graph.node)):
-        refuse_unsupported(flat)  # what no evaluator knows would stop the run below
-    for shape in shapes:
-        check_sizes(flat, shape)
     kept = _keep_functions(model, notes)
     mixed = _inline(model, kept) if kept else flat
-    probe, values = _probe(flat, mixed, shapes)
-    if len(probe) == 3:
-        Search(mixed, values, probe).run(notes)
+    refuse_unsupported(mixed, kept)  # before the run below, which one of them would stop
+    for shape in shapes:
+        check_sizes(flat, shape)
+    try:
+        probe, values = _probe(flat, mixed, shapes)
+    except TooLongError:
+        notes.append(
+            "the model takes too long to run for a look at its parts: only functions of domain "
+            f"{DOMAIN} were recognised"
+        )
+    else:
+        if len(probe) == 3:
+            Search(mixed, values, probe).run(notes)
     _name_kernels(mixed)
     del mixed.functions[:]
-    refuse_unsupported(mixed)
     return Recognized(mixed, tuple(notes))
 
 
-def refuse_unsupported(model: onnx.ModelProto) -> None:
-    """Report every operator of a model without functions that cannot be imported.
+def refuse_unsupported(model: onnx.ModelProto, kept: set[tuple[str, str]]) -> None:
+    """Report every operator of a model that cannot be imported.
 
     Raises
     ------
     UnsupportedModelError
     """
-    unsupported = unsupported_operators(model)
+    unsupported = unsupported_operators(model, kept)
     if unsupported:
         raise UnsupportedModelError(
             f"{len(unsupported)} operator(s) of this model are not supported: "
@@ -180,7 +192,9 @@ def _probe(
         try:
             check_sizes(flat, shape)
             x = np.random.default_rng(0).standard_normal(shape)
-            return shape, evaluate_all(wide, {name: x})
+            return shape, evaluate_all(wide, {name: x}, PROBE_BUDGET)
+        except TooLongError:
+            raise
         except Exception as error:  # the evaluator raises whatever NumPy does
             if i + 1 == len(tries):
                 if isinstance(error, ModelFileError):
