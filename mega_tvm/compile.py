@@ -18,6 +18,7 @@ from reference import MegaConfig
 from reference.config import ConfigError
 
 from .console import console, print_settings, run_command
+from .errors import CompileError
 
 if TYPE_CHECKING:
     from .tuning.lookup import TunedSchedules
@@ -61,6 +62,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a checkpoint: .nx, .safetensors, .npz, .pt; without it the weights are freshly "
         "initialized from --seed",
+    )
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE.onnx",
+        help="an ONNX file: the whole model, with its weights, in place of a checkpoint",
     )
     add("--config", type=Path, metavar="FILE.json", help="options of the model, as JSON")
     add("--embed-dim", type=int, metavar="N")
@@ -130,7 +137,7 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT.so",
-        help="where the library goes (default: the checkpoint's name, or mega.so)",
+        help="where the library goes (default: the name of the checkpoint or model, or mega.so)",
     )
     add(
         "--bundle",
@@ -169,35 +176,30 @@ def _compile(arguments: argparse.Namespace) -> int:
     out = console()
     started = time.perf_counter()
     options = model_options(arguments)
-    output = arguments.output or Path(
-        f"{arguments.weights.stem}.so" if arguments.weights else "mega.so"
-    )
+    file = input_file(arguments)
+    output = arguments.output or Path(f"{file.stem}.so" if file else "mega.so")
     with out.status("loading the compiler"):
         # Heavy: torch and TVM's compiler. A wrong option is told before they are loaded.
         from .artifact_format import read_manifest
         from .compiler import compile_model
         from .model_source import resolve_model
 
-    model: Path | MegaConfig = arguments.weights
+    model: Path | MegaConfig | None = file
     if model is None:
         model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})
     source = resolve_model(model, options, arguments.seed)
     config = source.config
-    assert config is not None  # a checkpoint and a config both have one
-    weights = (
-        str(arguments.weights)
-        if arguments.weights
-        else (f"freshly initialized from seed {arguments.seed}: this is no trained model")
-    )
+    fresh = f"freshly initialized from seed {arguments.seed}: this is no trained model"
+    lengths = arguments.seq_len or ([config.seq_len] if config else ["as the file says"])
     print_settings(
         out,
         "compile",
         {
             "target": arguments.target,
-            "weights": weights,
-            **{f"config.{name}": value for name, value in config.to_dict().items()},
+            "model" if arguments.model else "weights": file or fresh,
+            **{f"config.{k}": value for k, value in (config.to_dict() if config else {}).items()},
             "batch": ", ".join(map(str, arguments.batch)),
-            "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "seq_len": ", ".join(map(str, lengths)),
             "dtype": arguments.dtype,
             "tuning log": "none"
             if arguments.no_tuning
@@ -234,6 +236,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             debug_dump=arguments.debug_dump,
             on_phase=on_phase,
             on_tuning=lambda tuned: _print_lookups(out, tuned),
+            on_note=lambda note: out.print(f"note: {note}", markup=False),
         )
     manifest = read_manifest(path)
     parity = manifest["parity"]
@@ -257,6 +260,19 @@ def _print_lookups(out: Console, tuned: TunedSchedules) -> None:
         out.print(f"warning: {problem}; skipped", markup=False)
     for name, outcome in sorted(tuned.outcomes.items()):
         out.print(f"  kernel {name}: {outcome}", markup=False)
+
+
+def input_file(arguments: argparse.Namespace) -> Path | None:
+    """Return the checkpoint or the ONNX file, if one was given."""
+    weights: Path | None = arguments.weights
+    model: Path | None = arguments.model
+    if weights and model:
+        raise CompileError("give --weights or --model, not both: an ONNX file holds its weights")
+    if weights and weights.suffix == ".onnx":
+        raise CompileError(f"{weights}: an ONNX file is a whole model: give it by --model")
+    if model and model.suffix != ".onnx":
+        raise CompileError(f"{model}: --model takes an .onnx file; a checkpoint goes to --weights")
+    return weights or model
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, object]:

@@ -16,6 +16,7 @@ from reference import MegaConfig
 
 from .artifact import check_destination, write_artifact
 from .errors import CompileError
+from .frontend.onnx import OnnxModel, import_onnx
 from .frontend.torch import import_module
 from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
@@ -51,6 +52,7 @@ def compile_model(
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
     on_tuning: Callable[[TunedSchedules], None] = lambda tuned: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
     """Compile a model into one shared library with its weights inside.
 
@@ -58,7 +60,8 @@ def compile_model(
     ----------
     model : Module, Checkpoint, MegaConfig or path
         A Mega, a module around one, or the path of a checkpoint (``.nx``, ``.safetensors``,
-        ``.npz``, ``.pt``). A config alone gets fresh weights from ``seed``.
+        ``.npz``, ``.pt``) or of an ONNX file (``.onnx``), which holds the whole model. A config
+        alone gets fresh weights from ``seed``.
     target : str
         ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``sapphirerapids``.
     batch, seq_len : int or sequence of int
@@ -89,6 +92,8 @@ def compile_model(
         Called with the name of each phase as it starts.
     on_tuning : callable
         Called with what the lookups found, after the schedule phase.
+    on_note : callable
+        Called with what a user should know of how an ONNX file is compiled.
 
     Returns
     -------
@@ -97,7 +102,7 @@ def compile_model(
 
     Raises
     ------
-    CompileError, WeightsError, TargetError, UnsupportedModelError, TuningError
+    CompileError, WeightsError, ModelFileError, TargetError, UnsupportedModelError, TuningError
         Each says what was expected, what came, and what to do. Nothing is written then.
     """
     cpu_target = resolve_target(target)
@@ -108,7 +113,9 @@ def compile_model(
     shapes = input_shapes(source, batch, seq_len, input_shape)
     tuned = _tuned_schedules(cpu_target, tuning_log, use_tuning, _positive("threads", threads))
     on_phase("import")
-    mod = import_entries(source.module, shapes)
+    mod, notes = import_entries(source.module, shapes)
+    for note in notes:
+        on_note(note)
     compiled = run_pipeline(
         mod,
         cpu_target,
@@ -180,6 +187,13 @@ def input_shapes(
     CompileError
         If they are no positive integers, or not distinct.
     """
+    if isinstance(source.module, OnnxModel):
+        given = {"batch": batch, "seq_len": seq_len, "input_shape": input_shape}
+        sizes = {
+            name: None if value is None else [_positive(name, size) for size in _as_list(value)]
+            for name, value in given.items()
+        }
+        return _named(source.module.shapes(**sizes))
     if input_shape is not None:
         return {"main": tuple(_positive("input_shape", size) for size in input_shape)}
     config = source.config
@@ -191,11 +205,16 @@ def input_shapes(
     lengths = config.seq_len if seq_len is None else seq_len
     batches = [_positive("batch", b) for b in _as_list(batch)]
     pairs = list(itertools.product(batches, [_positive("seq_len", t) for t in _as_list(lengths)]))
-    if len(set(pairs)) < len(pairs) or not pairs:
-        raise CompileError(f"batch {batch} and seq_len {lengths} must give distinct shapes")
-    if len(pairs) == 1:
-        return {"main": (*pairs[0], config.embed_dim)}
-    return {f"main_b{b}_t{t}": (b, t, config.embed_dim) for b, t in pairs}
+    return _named([(b, t, config.embed_dim) for b, t in pairs])
+
+
+def _named(shapes: Sequence[tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    if len(set(shapes)) < len(shapes) or not shapes:
+        listed = ", ".join(str(list(shape)) for shape in shapes) or "none"
+        raise CompileError(f"batch and seq_len must give distinct shapes; they give {listed}")
+    if len(shapes) == 1:
+        return {"main": shapes[0]}
+    return {f"main_b{shape[0]}_t{shape[1]}": shape for shape in shapes}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -208,13 +227,24 @@ def _positive(name: str, value: object) -> int:
     return value
 
 
-def import_entries(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tvm.IRModule:
-    """Import a module once for each input shape."""
+def import_entries(
+    module: torch.nn.Module | OnnxModel, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tvm.IRModule, Sequence[str]]:
+    """Import a module once for each input shape.
+
+    Returns
+    -------
+    IRModule
+    sequence of str
+        What a user should know of how an ONNX file is compiled.
+    """
+    if isinstance(module, OnnxModel):
+        return import_onnx(module, shapes)
     functions = {}
     for name, shape in shapes.items():
         main = import_module(module, shape)["main"]
         functions[name] = main.with_attr("global_symbol", name)
-    return tvm.IRModule(functions)
+    return tvm.IRModule(functions), ()
 
 
 def _entry(name: str, shape: tuple[int, ...], mod: tvm.IRModule) -> dict[str, Any]:

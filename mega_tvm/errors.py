@@ -30,6 +30,14 @@ class ArtifactError(MegaError):
     """A compiled library is not one of ours, is damaged, or does not fit this process."""
 
 
+class ModelFileError(MegaError):
+    """A model file (ONNX) is malformed, or not of a kind that is compiled."""
+
+
+class ExportError(MegaError):
+    """A model cannot be written as an ONNX file."""
+
+
 class InputError(MegaError, ValueError):
     """An input of a call has the wrong shape, dtype or layout."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from reference import MegaConfig
 
-from .compile import DEFAULT_EMBED_DIM, add_model_options, model_options
+from .compile import DEFAULT_EMBED_DIM, add_model_options, input_file, model_options
 from .console import console, print_settings, run_command
 from .errors import TuningError
 
@@ -116,26 +116,26 @@ def _tune(arguments: argparse.Namespace) -> int:
         from .tuning.tasks import extract_kernels
         from .tuning.workers import Pool
 
-    model: Any = arguments.weights
+    model: Any = input_file(arguments)
     if model is None:
         model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})
     source = resolve_model(model, options, arguments.seed)
-    config = source.config
-    assert config is not None  # a checkpoint and a config both have one
+    config = source.config  # None: an ONNX file of other layers, whose shapes it tells itself
     target = resolve_target(arguments.target)
     if tracker is None and not machine_runs(target):
         raise TuningError(
             f"this machine cannot run {target.name} code; tune on a machine that can, or on a "
             "fleet with --tracker and --key"
         )
+    lengths = arguments.seq_len or ([config.seq_len] if config else ["as the file says"])
     print_settings(
         out,
         "tune",
         {
             "target": f"{target.name} ({' '.join([target.mcpu, *target.mattr])})",
-            **{f"config.{name}": value for name, value in config.to_dict().items()},
+            **{f"config.{k}": value for k, value in (config.to_dict() if config else {}).items()},
             "batch": ", ".join(map(str, arguments.batch)),
-            "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "seq_len": ", ".join(map(str, lengths)),
             "threads": arguments.threads,
             "trials": arguments.trials,
             "seed": arguments.seed,

@@ -15,7 +15,7 @@ from tvm import tirx
 
 from reference import numpy_mega
 from schedules.common.attention import AttentionSpec
-from schedules.common.spec import rows
+from schedules.common.dims import known
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
 from schedules.gated_attention.naive import GatedAttentionSpec
@@ -62,7 +62,7 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def _dense(rng: np.random.Generator, spec: DenseSpec) -> Operands:
-    x, b = _normal(rng, *spec.lead, spec.k), _normal(rng, spec.n)
+    x, b = _normal(rng, *known(spec.lead), spec.k), _normal(rng, spec.n)
     w = _normal(rng, spec.k, spec.n) / np.float32(math.sqrt(spec.k))
     y = x.astype(np.float64) @ w + b
     if spec.swiglu:
@@ -72,38 +72,39 @@ def _dense(rng: np.random.Generator, spec: DenseSpec) -> Operands:
         y[..., spec.sigmoid_from :] = numpy_mega.sigmoid(y[..., spec.sigmoid_from :])
     if not spec.residual:
         return Operands((x, w, b), y)
-    residual = _normal(rng, *spec.lead, spec.out_n)
+    residual = _normal(rng, *known(spec.lead), spec.out_n)
     return Operands((x, w, b, residual), y + residual)
 
 
 def _layer_norm(rng: np.random.Generator, spec: LayerNormSpec) -> Operands:
-    x = _normal(rng, *spec.lead, spec.n)
+    x = _normal(rng, *known(spec.lead), spec.n)
     gamma, beta = _normal(rng, spec.n), _normal(rng, spec.n)
     form = "axon-0.8.0" if spec.clamp_variance else "plain"
     g, b = (gamma, beta) if spec.affine else (np.ones(spec.n), np.zeros(spec.n))
     y = numpy_mega.layer_norm(x.astype(np.float64), g, b, form)
     # The mean is rounded to u |mean|; that error is divided by the deviation. Of few columns the
     # deviation may be small.
-    x = x.reshape(rows(spec.lead), spec.n).astype(np.float64)
+    x = x.reshape(-1, spec.n).astype(np.float64)
     deviation = np.sqrt(x.var(axis=-1) + spec.eps)
     condition = max(1.0, float((np.abs(x.mean(axis=-1)) / deviation).max()))
-    x32 = x.astype(np.float32).reshape(*spec.lead, spec.n)
+    x32 = x.astype(np.float32).reshape(*known(spec.lead), spec.n)
     return Operands((x32, gamma, beta) if spec.affine else (x32,), y, condition)
 
 
 def _ema_scan(rng: np.random.Generator, spec: EmaScanSpec) -> Operands:
-    p = _normal(rng, spec.batch, spec.seq_len, spec.channels)
+    B, N = known((spec.batch, spec.seq_len))
+    p = _normal(rng, B, N, spec.channels)
     decay = numpy_mega.sigmoid(rng.standard_normal(spec.channels)).astype(np.float32)
     h = np.empty(p.shape)
-    state = np.zeros((spec.batch, spec.channels))
-    for t in range(spec.seq_len):
+    state = np.zeros((B, spec.channels))
+    for t in range(N):
         state = decay.astype(np.float64) * state + p[:, t]
         h[:, t] = state
     return Operands((p, decay), h)
 
 
 def _attention(rng: np.random.Generator, spec: AttentionSpec) -> Operands:
-    B, Q, K = spec.batch, spec.q_len, spec.k_len
+    B, Q, K = known((spec.batch, spec.q_len, spec.k_len))
     laplace = isinstance(spec, LaplaceAttentionSpec)
     q, k = _normal(rng, B, Q, spec.q_stride), _normal(rng, B, K, spec.k_stride)
     v = _normal(rng, B, K, spec.v_stride)

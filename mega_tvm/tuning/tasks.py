@@ -15,6 +15,7 @@ from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import kernel_op
 
 from ..compiler import import_entries
+from ..frontend.onnx import OnnxModel
 from ..pipeline import calls_of, graph_phase, kernel_phase
 from ..targets import CpuTarget
 from .record import KernelKey
@@ -47,13 +48,16 @@ class Kernel:
 
 
 def extract_kernels(
-    module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], target: CpuTarget, threads: int
+    module: torch.nn.Module | OnnxModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    target: CpuTarget,
+    threads: int,
 ) -> list[Kernel]:
     """Return the Mega kernels of a model that have decisions to make, each specification once.
 
     Parameters
     ----------
-    module : Module
+    module : Module or OnnxModel
     shapes : mapping of str to tuple
         Input shapes by entry, as `mega_tvm.compiler.input_shapes` returns them.
     target : CpuTarget
@@ -63,7 +67,7 @@ def extract_kernels(
     measured = dataclasses.replace(target, num_cores=threads)
     tvm_target = measured.tvm_target()
     with tvm_target:
-        mod = kernel_phase(graph_phase(import_entries(module, shapes)))
+        mod = kernel_phase(graph_phase(import_entries(module, shapes)[0]))
     called = Counter(
         str(call.args[0].name_hint)
         for _, call in calls_of(mod)

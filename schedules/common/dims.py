@@ -40,6 +40,20 @@ class DimVars:
         return math.prod(self.shape(lead))
 
 
+def known(dims: Iterable[Dim]) -> tuple[int, ...]:
+    """Return dimensions that must be numbers.
+
+    Raises
+    ------
+    ValueError
+        If one is a name.
+    """
+    dims = tuple(dims)
+    if named := [dim for dim in dims if isinstance(dim, str)]:
+        raise ValueError(f"expected known dimensions, found {', '.join(named)}")
+    return tuple(map(int, dims))
+
+
 def ceil_div(extent: Extent, divisor: Extent) -> Extent:
     """Return ``extent / divisor``, rounded up; both are positive."""
     return (extent + divisor - 1) // divisor
