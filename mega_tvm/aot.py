@@ -7,9 +7,9 @@ the time of a small model. Here an entry becomes one PrimFunc
 
 that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
 artifact holds them; intermediates lie in a workspace whose offsets are planned from their
-lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and length
-off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in the library beside
-it, for tracing.
+lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
+length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
+the library beside it, for tracing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
 from .manifest_schema import ALIGNMENT, round_up
 from .passes.rewrite import Graph, variables
-from .relax_ops import dims_of, is_op, shape_of
+from .relax_ops import dims_of, extents, is_op, shape_of
 from .symbolic_entry import region_name
 
 RUN_SUFFIX = "__run"
@@ -133,7 +133,7 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 
 def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
-    shapes = [_extents(buffer.shape) for buffer in func.params]
+    shapes = [extents(buffer.shape) for buffer in func.params]
     named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
     variables = list(dict.fromkeys(named))
     pointers = [
@@ -154,10 +154,6 @@ def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
         tvm.ir.make_node("ir.DictAttrs", **attrs),
     )
     return _CFunction(plain, shapes)
-
-
-def _extents(shape: Iterable[tirx.PrimExpr]) -> tuple[Extent, ...]:
-    return tuple(int(extent) if isinstance(extent, tirx.IntImm) else extent for extent in shape)
 
 
 class _Workspace:

@@ -71,6 +71,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
     )
+    add(
+        "--no-symbolic",
+        action="store_true",
+        help="leave out the symbolic entry, which runs any other batch and length",
+    )
+    add(
+        "--max-batch",
+        type=int,
+        default=256,
+        metavar="N",
+        help="greatest batch of the symbolic entry (default: 256)",
+    )
+    add(
+        "--max-seq-len",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="greatest length of the symbolic entry (default: 4096)",
+    )
     add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
     add("--seed", type=int, default=0, metavar="N", help="seed of fresh weights (default: 0)")
     add(
@@ -138,6 +157,9 @@ def _compile(arguments: argparse.Namespace) -> int:
             **{f"config.{name}": value for name, value in config.to_dict().items()},
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "any other shape": "refused"
+            if arguments.no_symbolic
+            else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
             "dtype": arguments.dtype,
             "disabled passes": ", ".join(arguments.disable_pass) or "none",
             "output": output,
@@ -157,6 +179,9 @@ def _compile(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             batch=arguments.batch,
             seq_len=arguments.seq_len,
+            symbolic=not arguments.no_symbolic,
+            max_batch=arguments.max_batch,
+            max_seq_len=arguments.max_seq_len,
             dtype=arguments.dtype,
             output=output,
             options=options,
