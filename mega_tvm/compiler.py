@@ -20,8 +20,8 @@ from .errors import CompileError
 from .frontend.torch import import_module
 from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
-from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic, probe_shapes
-from .symbolic_entry import FIXED
+from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic
+from .symbolic_entry import FIXED, probe_shapes
 from .targets import CpuTarget, machine_runs, resolve_target
 from .tolerances import compare
 from .weights import Checkpoint
