@@ -7,16 +7,16 @@ the time of a small model. Here an entry becomes one PrimFunc
 
 that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
 artifact holds them; intermediates lie in a workspace whose offsets are planned from their
-lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and length
-off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in the
-library beside it, for tracing.
+lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
+length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
+the library beside it, for tracing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
 from .manifest_schema import ALIGNMENT, round_up, tensor_layout
 from .passes.rewrite import Graph, variables
-from .relax_ops import dims_of, is_op, shape_of
+from .relax_ops import dims_of, extents, is_op, shape_of
 from .symbolic_entry import region_name
 
 RUN_SUFFIX = "__run"
@@ -110,6 +110,7 @@ def add_run_functions(
             kernel = as_c_function(func)
             name = f"{gvar.name_hint}__c"
             plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
+            builder.update_func(gvar, _packed_form(func, *plain[gvar.name_hint]))
     starts, end = tensor_layout(array.nbytes for array in tensors)
     layout = _TensorBlock(starts, max(end, 1))
     workspaces = {}
@@ -133,7 +134,7 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 
 def as_c_function(func: tirx.PrimFunc) -> CFunction:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
-    shapes = [_extents(buffer.shape) for buffer in func.params]
+    shapes = [extents(buffer.shape) for buffer in func.params]
     named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
     variables = list(dict.fromkeys(named))
     pointers = [
@@ -156,8 +157,17 @@ def as_c_function(func: tirx.PrimFunc) -> CFunction:
     return CFunction(plain, shapes)
 
 
-def _extents(shape: Iterable[tirx.PrimExpr]) -> tuple[Extent, ...]:
-    return tuple(int(extent) if isinstance(extent, tirx.IntImm) else extent for extent in shape)
+def _packed_form(func: tirx.PrimFunc, function: GlobalVar, kernel: CFunction) -> tirx.PrimFunc:
+    """Return a kernel for the VM, which calls the one on addresses: the code is there once."""
+    variables = kernel.func.params[len(kernel.shapes) :]
+    call = Call(function, [*(buffer.data for buffer in func.params), *variables], ret_ty="int32")
+    error, message = map(tvm.ir.StringImm, ("RuntimeError", "a kernel failed: out of memory"))
+    return tirx.PrimFunc(
+        func.params,
+        tirx.AssertStmt(call == 0, error, [message]),  # TVM 0.27 names the first two the other way
+        None,
+        tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
+    )
 
 
 class _Workspace:

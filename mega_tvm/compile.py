@@ -102,6 +102,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add(
+        "--no-symbolic",
+        action="store_true",
+        help="leave out the symbolic entry, which runs any other batch and length",
+    )
+    add(
+        "--max-batch",
+        type=int,
+        default=256,
+        metavar="N",
+        help="greatest batch of the symbolic entry (default: 256)",
+    )
+    add(
+        "--max-seq-len",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="greatest length of the symbolic entry (default: 4096)",
+    )
     add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
     add(
         "--tuning-log",
@@ -200,6 +219,9 @@ def _compile(arguments: argparse.Namespace) -> int:
             **{f"config.{k}": value for k, value in (config.to_dict() if config else {}).items()},
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, lengths)),
+            "any other shape": "refused"
+            if arguments.no_symbolic
+            else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
             "dtype": arguments.dtype,
             "tuning log": "none"
             if arguments.no_tuning
@@ -224,6 +246,9 @@ def _compile(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             batch=arguments.batch,
             seq_len=arguments.seq_len,
+            symbolic=not arguments.no_symbolic,
+            max_batch=arguments.max_batch,
+            max_seq_len=arguments.max_seq_len,
             dtype=arguments.dtype,
             tuning_log=arguments.tuning_log,
             use_tuning=not arguments.no_tuning,

@@ -36,7 +36,12 @@ Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 def shape_of(expr: relax.Expr) -> Shape:
     """Return the shape of a tensor expression: numbers, and expressions where it is symbolic."""
-    return tuple(int(dim) if isinstance(dim, tvm.tirx.IntImm) else dim for dim in expr.ty.shape)
+    return extents(expr.ty.shape)
+
+
+def extents(shape: Iterable[Extent]) -> Shape:
+    """Return a shape with its constants as Python's numbers."""
+    return tuple(int(dim) if isinstance(dim, tvm.tirx.IntImm) else dim for dim in shape)
 
 
 def dims_of(shape: Iterable[Extent]) -> tuple[Dim, ...]:
@@ -48,7 +53,7 @@ def dims_of(shape: Iterable[Extent]) -> tuple[Dim, ...]:
         If a dimension is symbolic, but no variable alone.
     """
     dims: list[Dim] = []
-    for extent in shape:
+    for extent in extents(shape):
         if not isinstance(extent, int | tvm.tirx.Var):
             raise UnsupportedModelError(
                 f"a tensor of the model has the symbolic dimension {extent}; symbolic entries "
@@ -168,7 +173,8 @@ def layer_norm(
 
 
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    spec = EmaScanSpec(*dims_of(shape_of(call.args[0])))
+    batch, seq_len, channels = dims_of(shape_of(call.args[0]))
+    spec = EmaScanSpec(batch, seq_len, int(channels))
     return _call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 

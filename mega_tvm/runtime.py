@@ -17,7 +17,7 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.artifact_format import open_artifact, pinned, read_library, read_manifest_from
-from mega_tvm.entries import Entry, EntryRunner, as_argument
+from mega_tvm.entries import Entry, EntryRunner, Frame, as_argument
 from mega_tvm.errors import (
     DamagedArtifactError,
     IncompatibleArtifactError,
@@ -33,6 +33,7 @@ from mega_tvm.runtime_library import (
     available_cpus,
     runtime_library,
 )
+from mega_tvm.symbolic_entry import SymbolicEntry
 from mega_tvm.tensor_memory import Tensors, load_tensors
 
 __all__ = ["Entry", "Model", "load"]
@@ -80,10 +81,16 @@ class Model:
             )
             for e in manifest["entries"]
         )
+        block = tensors.block
         self._runners = {
-            entry.input_shape: EntryRunner(entry, self._function(entry), tensors.block)
+            entry.input_shape: EntryRunner(entry, self._function(entry.name), block)
             for entry in self._entries
         }
+        symbolic = map(SymbolicEntry.of, manifest.get("symbolic_entries", []))
+        # Each with its function, and the frames that all its shapes share.
+        self._symbolic: tuple[tuple[SymbolicEntry, Any, list[Frame]], ...] = tuple(
+            (entry, self._function(entry.name), []) for entry in symbolic
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -96,6 +103,21 @@ class Model:
         return self._entries
 
     @property
+    def symbolic_entries(self) -> tuple[SymbolicEntry, ...]:
+        """What runs batches and lengths that no entry of `entries` has; may be empty."""
+        return tuple(entry for entry, _, _ in self._symbolic)
+
+    def entry_at(self, shape: tuple[int, ...]) -> Entry:
+        """Return what runs an input of some shape: an entry of it alone, else a symbolic one's.
+
+        Raises
+        ------
+        InputError
+            If none does; the message lists what there is.
+        """
+        return self._runner_at(shape).entry
+
+    @property
     def num_threads(self) -> int:
         """How many threads a call uses, the caller's included."""
         return self._num_threads
@@ -106,7 +128,7 @@ class Model:
         return self._tensors.views
 
     def __repr__(self) -> str:
-        shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
+        shapes = ", ".join(self._shapes())
         return f"<mega_tvm.Model {str(self._path)!r}: {shapes}, num_threads={self._num_threads}>"
 
     def __call__(
@@ -117,9 +139,10 @@ class Model:
         Parameters
         ----------
         x : array
-            float32, of one of the shapes in `entries`: a NumPy array, or anything on the CPU that
-            exports DLPack. Where it is larger than 32 KiB, C-contiguous, writable and aligned to
-            64 bytes, it is read in place; it is copied otherwise.
+            float32, of one of the shapes in `entries`, or within the limits of one of
+            `symbolic_entries`: a NumPy array, or anything on the CPU that exports DLPack. Where it
+            is larger than 32 KiB, C-contiguous, writable and aligned to 64 bytes, it is read in
+            place; it is copied otherwise.
         out : array, optional
             Takes the result: float32, of the entry's output shape, writable; with any strides and
             alignment. It may overlap ``x``, and is left alone if the call fails.
@@ -138,9 +161,7 @@ class Model:
             If ``x`` or ``out`` has another shape or dtype, or is not an array on the CPU.
         """
         array = x if type(x) is np.ndarray else as_array(x)
-        runner = self._runners.get(array.shape)
-        if runner is None:
-            raise InputError(self._shape_message(array.shape))
+        runner = self._runners.get(array.shape) or self._runner_at(array.shape)
         # The same object nearly always; '>f4' differs too.
         if array.dtype is not _FLOAT32 and array.dtype != _FLOAT32:
             raise InputError(dtype_message(array.dtype))
@@ -154,6 +175,11 @@ class Model:
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
             ) from error
+        except MemoryError as error:
+            raise MegaError(
+                f"an input of shape {list(array.shape)} needs {runner.entry.workspace:,} bytes of "
+                "workspace, which this process cannot have; split the batch"
+            ) from error
         if result is None:
             raise MegaError(f"{self._path}: a kernel of {runner.entry.name} failed: out of memory")
         return result
@@ -161,8 +187,8 @@ class Model:
     def warmup(self) -> None:
         """Run each entry once on zeros, so that the first real call finds code and pages ready.
 
-        With several threads it runs in a thread of its own: the calling one keeps no workers, which
-        a process that is forked now would lack.
+        A symbolic entry runs at its least shape. With several threads all run in a thread of their
+        own: the calling one keeps no workers, which a process that is forked now would lack.
         """
         if self._num_threads == 1:
             return self._run_each()
@@ -170,8 +196,8 @@ class Model:
             thread.submit(self._run_each).result()
 
     def _run_each(self) -> None:
-        for entry in self._entries:
-            self(np.zeros(entry.input_shape, np.float32))
+        for shape in (*self._runners, *(entry.least_shape for entry in self.symbolic_entries)):
+            self(np.zeros(shape, np.float32))
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine that computes the same, kernel by kernel.
@@ -202,23 +228,37 @@ class Model:
         tensors = (self.tensors,) if len(self.tensors) else ()
         return function(as_argument(x), *tensors)
 
-    def _function(self, entry: Entry) -> Any:
+    def _function(self, name: str) -> Any:
         try:
-            return self._module.get_function(f"{entry.name}__run", query_imports=True)
+            return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:
             raise DamagedArtifactError(
-                f"{self._path}: the manifest names an entry {entry.name!r}, which the library "
+                f"{self._path}: the manifest names an entry {name!r}, which the library "
                 "does not hold; compile the model again"
             ) from error
 
+    def _runner_at(self, shape: tuple[int, ...]) -> EntryRunner:
+        if (runner := self._runners.get(shape)) is not None:
+            return runner
+        for symbolic, function, idle in self._symbolic:
+            if (sizes := symbolic.sizes(shape)) is not None:
+                output, workspace = symbolic.output_at(sizes), symbolic.workspace_at(sizes)
+                entry = Entry(symbolic.name, shape, output, workspace, symbolic=True)
+                return EntryRunner(entry, function, self._tensors.block, idle)
+        raise InputError(self._shape_message(shape))
+
     def _shape_message(self, found: tuple[int, ...]) -> str:
+        return (
+            f"expected an array of shape {' or '.join(self._shapes())}, found {list(found)}; "
+            "reshape it, or compile the model for this batch and length"
+        )
+
+    def _shapes(self) -> list[str]:
+        """Return what shapes run, for people."""
         shapes = [str(list(shape)) for shape in self._runners]
         if len(shapes) > _SHAPES_IN_MESSAGES:
             shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
-        return (
-            f"expected an array of shape {' or '.join(shapes)}, found {list(found)}; reshape it, "
-            "or compile the model for this batch and length"
-        )
+        return shapes + [str(entry) for entry in self.symbolic_entries]
 
 
 def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | None = None) -> Model:

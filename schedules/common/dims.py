@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from tvm import tirx
-from tvm.ir import Expr
 
 Dim = int | str
-# What a dimension is within a PrimFunc.
-Extent = int | Expr
+# What a dimension is within a PrimFunc: an int, or one of TVM's expressions.
+Extent = Any
 
 
 class DimVars:

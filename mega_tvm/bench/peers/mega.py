@@ -41,6 +41,7 @@ class LoadedModel:
                 batch=workload.batch,
                 seq_len=workload.seq_len,
                 threads=threads,
+                symbolic=False,  # it would not run
                 output=library,
             )
         self._model = mega_tvm.load(library, num_threads=threads)
