@@ -164,7 +164,8 @@ def _tune(arguments: argparse.Namespace) -> int:
             session.report = report
             session.run(arguments.trials)
         ceilings = None if tracker else pool.ceilings()
-    out.print(summary(session.kernels, ceilings), width=max(out.width, TABLE_WIDTH))
+    out.width = max(out.width, TABLE_WIDTH)
+    out.print(summary(session.kernels, ceilings))
     trials = sum(progress.trials for progress in session.kernels) - resumed
     seconds = time.perf_counter() - started
     out.print(

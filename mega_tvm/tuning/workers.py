@@ -57,6 +57,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
         )
         self._pid: int | None = None
+        self._stopped = False
 
     def call(self, function: Callable[..., Any], *arguments: object, limit_s: float) -> Any:
         """Run ``function(*arguments)`` there and return its result.
@@ -66,6 +67,8 @@ class Worker:
         WorkerError
             If the process dies, or takes longer than ``limit_s`` and is killed.
         """
+        if self._stopped:
+            raise WorkerError("stopped")
         if not self._process.is_alive():
             self._process.kill()
             with _told(START_LIMIT_S):
@@ -93,8 +96,13 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def stop(self) -> None:
+        """End the process at once, and let no later call start it again."""
+        self._stopped = True
+        self.kill()
+
     def close(self) -> None:
-        """End the process, and its children."""
+        """Free what is left of the process, and end its children."""
         self._process.kill()
 
 
@@ -153,7 +161,7 @@ class Pool:
         traceback: TracebackType | None,
     ) -> None:
         for worker in self._workers:
-            worker.kill()
+            worker.stop()
         self._side_by_side.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()
