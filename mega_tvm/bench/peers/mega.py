@@ -42,6 +42,7 @@ class LoadedModel:
                 seq_len=workload.seq_len,
                 output=library,
             )
+        self.library = library
         self._model = mega_tvm.load(library, num_threads=threads)
         self.metadata: dict[str, Any] = dict(self._model.metadata)
 
