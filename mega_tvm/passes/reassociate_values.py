@@ -29,7 +29,9 @@ def _rule() -> Rule:
             return None
         q, k, _, *gate = call.args
         y, w, b = value.args
-        if shape_of(q)[1] >= shape_of(k)[1]:
+        queries, keys = shape_of(q)[1], shape_of(k)[1]
+        known = isinstance(queries, int) and isinstance(keys, int)
+        if not (queries < keys if known else queries == 1):
             return None
         mixed = relax_ops.attention(
             [q, k, y],

@@ -15,6 +15,7 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cpu_features import vector_unit
+from ..common.dims import DimVars
 from ..common.kernel import ScheduledKernel
 from .naive import EmaScanSpec
 
@@ -35,7 +36,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 
 def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
-    B, N, D = spec.batch, spec.seq_len, spec.channels
+    B, N, D = *DimVars().shape((spec.batch, spec.seq_len)), spec.channels
     groups, tail = D // width, D % width
 
     @T.inline
@@ -60,7 +61,6 @@ def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
                 scan(p, decay, h, b, D - tail, tail)
 
     units = groups + (tail > 0)
-    parallel = B * N * D >= PARALLEL_ELEMENTS and B * units > 1
 
     @T.prim_func(s_tir=True, private=True)
     def ema_scan(
@@ -69,7 +69,7 @@ def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
         h: T.Buffer((B, N, D), "float32"),
     ):
         T.func_attr({"tirx.noalias": True})
-        if parallel:
+        if B * N * D >= PARALLEL_ELEMENTS:
             for unit in T.parallel(B * units):
                 scan_group(p, decay, h, unit // units, unit % units)
         else:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from tvm import tirx
 from tvm.script import tirx as T
 
+from ..common.dims import Dim, DimVars
 from ..common.spec import KernelSpec
 
 
@@ -17,8 +18,8 @@ class EmaScanSpec(KernelSpec):
 
     op: ClassVar[str] = "ema_scan"
 
-    batch: int
-    seq_len: int
+    batch: Dim
+    seq_len: Dim
     channels: int
 
     @property
@@ -34,7 +35,7 @@ def ema_scan(spec: EmaScanSpec) -> tirx.PrimFunc:
     average is not here: it is a scale of ``p``, which the compiler folds into the projection
     before.
     """
-    B, N, D = spec.batch, spec.seq_len, spec.channels
+    B, N, D = DimVars().shape((spec.batch, spec.seq_len, spec.channels))
 
     @T.prim_func(s_tir=True, private=True)
     def ema_scan(
