@@ -81,10 +81,29 @@ except mega_tvm.runtime.IncompatibleArtifactError as error:
 
 
 def test_tvm_can_be_imported_after_loading(artifact, run_python):
-    script = "import mega_tvm, numpy as np, sys" + RUN + "import tvm; print(tvm.__version__)"
+    # And a kernel of the compiler's run, from torch to torch.
+    after = """
+import tvm, torch, tvm_ffi
+x = torch.arange(4.0)
+print(np.from_dlpack(tvm.runtime.from_dlpack(x)).tolist() == x.tolist())
+print(tvm.__version__)
+"""
+    script = "import mega_tvm, numpy as np, sys" + RUN + after
     out = run_python(script, artifact, env={"MEGA_TVM_RUNTIME": ""}, prelude="")
-    assert out.split()[0] == "True"
+    assert out.split()[0] == out.split()[-2] == "True"
     assert out.split()[-1].startswith("0.27")
+
+
+def test_torch_is_not_imported_and_works_afterwards(artifact, run_python):
+    script = """
+import sys, numpy as np, mega_tvm
+model = mega_tvm.load(sys.argv[1])
+print("torch" in sys.modules)
+import torch
+y = model(torch.ones(1, 4, 16))
+print(torch.from_dlpack(y).tolist() == [[4.0 + i for i in range(16)]])
+"""
+    assert run_python(script, artifact, prelude="").split() == ["False", "True"]
 
 
 def test_import_of_the_package_is_light(run_python):

@@ -44,6 +44,7 @@ class LoadedModel:
                 symbolic=False,  # it would not run
                 output=library,
             )
+        self.library = library
         self._model = mega_tvm.load(library, num_threads=threads)
         self.metadata: dict[str, Any] = dict(self._model.metadata)
 
