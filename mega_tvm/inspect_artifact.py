@@ -121,6 +121,7 @@ def _weights(origin: Mapping[str, Any]) -> str:
         "seed": f"freshly initialized from seed {origin.get('seed')} ({origin.get('init')})",
         "memory": "from memory",
         "module": f"those of a module, {origin.get('class')}",
+        "onnx": f"those of the model in {origin.get('path')}",
     }.get(origin.get("kind", ""), "of unknown origin")
     digest = origin.get("digest")
     return f"{what}; sha256:{digest}" if digest else what

@@ -250,10 +250,11 @@ def _weights(
     origin = manifest["weights"] or {}
     kind = origin.get("kind")
     if kind == "module" or manifest["config"] is None:
+        what = origin.get("class") or origin.get("path") or "of an unknown class"
         raise VerificationError(
-            f"{path}: was compiled from a module ({origin.get('class', 'of an unknown class')}), "
-            "for which there is no oracle: such a module is compared with its own float64 run "
-            "when it is compiled, and `python -m mega_tvm.inspect` shows the result"
+            f"{path}: was compiled from a module ({what}), for which there is no oracle: such a "
+            "module is compared with its own float64 run when it is compiled, and `python -m "
+            "mega_tvm.inspect` shows the result"
         )
     config = MegaConfig.from_dict(manifest["config"])
     if weights is None and kind == "seed":

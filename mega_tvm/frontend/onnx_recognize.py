@@ -12,6 +12,7 @@ What is recognised becomes a node of domain `KERNEL_DOMAIN`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -86,7 +87,15 @@ def recognize(model: onnx.ModelProto, shapes: Sequence[Shape]) -> Recognized:
         )
     else:
         if len(probe) == 3:
-            Search(mixed, values, probe).run(notes)
+            search = Search(mixed, values, probe)
+            search.run(notes)
+            longest = max(shape[1] for shape in shapes)
+            if search.found and probe[1] < longest:
+                notes.append(
+                    f"parts were recognised by a run over {probe[1]} frames, since one over "
+                    f"{longest} takes too long: compare an output of that length with another "
+                    "runtime's"
+                )
     _name_kernels(mixed)
     del mixed.functions[:]
     return Recognized(mixed, tuple(notes))
@@ -182,11 +191,7 @@ def _probe(
     flat: onnx.ModelProto, mixed: onnx.ModelProto, shapes: Sequence[Shape]
 ) -> tuple[Shape, dict[str, Array]]:
     """Run the model at a shape that tells much of it; return that shape and all values."""
-    dims = input_dims(flat)
-    tries = list(shapes)
-    if len(dims) == 3 and dims[2] is not None:
-        free = (dims[0] or _PROBE[0], dims[1] or _PROBE[1], dims[2])
-        tries = [free, *tries]
+    tries = [*_free_shapes(flat, shapes), *shapes]
     wide, name = to_float64(mixed), model_input(mixed).name
     for i, shape in enumerate(tries):
         try:
@@ -194,7 +199,8 @@ def _probe(
             x = np.random.default_rng(0).standard_normal(shape)
             return shape, evaluate_all(wide, {name: x}, PROBE_BUDGET)
         except TooLongError:
-            raise
+            if i + 1 == len(tries):
+                raise
         except Exception as error:  # the evaluator raises whatever NumPy does
             if i + 1 == len(tries):
                 if isinstance(error, ModelFileError):
@@ -203,6 +209,27 @@ def _probe(
                     f"the model cannot be run at input shape {list(shape)}: {first_line(error)}"
                 ) from error
     raise ModelFileError("no shape to run the model at")
+
+
+def _free_shapes(flat: onnx.ModelProto, shapes: Sequence[Shape]) -> list[Shape]:
+    """Return shapes to probe where the file leaves them open, the best first.
+
+    As long as the longest that is compiled, so that a window of attention would show; and of no
+    length that is also a width, which would make scores look like a sequence.
+    """
+    dims = input_dims(flat)
+    if len(dims) != 3 or dims[2] is None:
+        return []
+    if dims[1] is not None:
+        return [(dims[0] or _PROBE[0], dims[1], dims[2])]
+    widths = {size for tensor in flat.graph.initializer for size in tensor.dims} | {dims[2]}
+    found: list[Shape] = []
+    for length in sorted(
+        {max(_PROBE[1], *(shape[1] for shape in shapes)), _PROBE[1]}, reverse=True
+    ):
+        free = next(n for n in itertools.count(length) if n not in widths)
+        found.append((dims[0] or _PROBE[0], free, dims[2]))
+    return found
 
 
 def _name_kernels(model: onnx.ModelProto) -> None:

@@ -11,8 +11,9 @@ from mega_tvm.artifact_format import read_manifest
 from mega_tvm.compile import main
 from mega_tvm.compiler import compile_model
 from mega_tvm.errors import CompileError
+from mega_tvm.inspect import inspect_file
 from mega_tvm.tolerances import assert_parity
-from mega_tvm.verify import verify_artifact
+from mega_tvm.verify import VerificationError, verify_artifact
 from tests.compiler.models import float64, mega
 from tests.frontend.onnx_models import B, T, exported, node_of, saved, surrounded, with_head
 
@@ -67,6 +68,13 @@ def test_can_be_verified(compile_file) -> None:
     assert report.settings["weights"].endswith(".onnx")
 
 
+def test_a_file_with_a_head_is_inspected_but_not_verified(compile_file) -> None:
+    path, _ = compile_file("with_head_False", with_head()[1], input_shape=(B, T, 13))
+    assert inspect_file(path).to_dict()["manifest"]["weights"]["kind"] == "onnx"
+    with pytest.raises(VerificationError, match=r"compiled from a module \(.*with_head.*onnx\)"):
+        verify_artifact(path)
+
+
 @pytest.mark.parametrize("inlined", [False, True], ids=["functions", "inlined"])
 @pytest.mark.parametrize("make", [with_head, surrounded])
 def test_among_other_layers_equals_torch(compile_once, compile_file, rng, make, inlined) -> None:
@@ -104,7 +112,7 @@ def test_what_is_not_recognised_is_compiled_as_it_stands(compile_file, rng, lapl
     assert all(kernel["schedule"] for kernel in manifest["kernels"])
     assert manifest["parity"]["entries"]["main"]["checked"]
     assert any("mega_block_1_ema_scan mixes frames" in note for note in notes)
-    assert any("gattn_compute" in note for note in notes)
+    assert any("mega_block_1_ema_scan" not in note for note in notes)
     assert run(found, rng)[0].shape == (B, 16)
 
 

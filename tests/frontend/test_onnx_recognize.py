@@ -84,6 +84,25 @@ def test_a_file_of_fixed_sizes(tmp_path) -> None:
     assert notes == ()
 
 
+def test_a_window_that_is_longer_than_a_short_probe(tmp_path) -> None:
+    """Attention to the last 200 frames is Mega's over 131 frames, and not over 250."""
+    model = exported(mega(), inlined=True)
+    mask = next(n for n in model.graph.node if n.op_type == "Trilu")
+    at = list(model.graph.node).index(mask)
+    masked, causal = mask.input[0], mask.output[0]
+    mask.output[0] = "future"
+    model.graph.node.insert(at + 1, helper.make_node("Add", ["future", "past"], [causal]))
+    model.graph.node.insert(
+        at + 1, helper.make_node("Trilu", [masked, "window"], ["past"], upper=0)
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(-200, np.int64), "window"))
+    path = saved(model, tmp_path)
+    assert kernels(operators(path, (1, 5, 13))[0]) == {"mega.ema_scan": 1, "mega.attention": 1}
+    counts, notes = operators(path, (1, 250, 13))
+    assert kernels(counts) == {"mega.ema_scan": 1}
+    assert len(notes) == 1
+
+
 def test_names_tell_nothing(tmp_path) -> None:
     """Values of other names, and nodes of none."""
     model = exported(mega(), inlined=True)
