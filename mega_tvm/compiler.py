@@ -233,7 +233,7 @@ def _parity(
     layers = source.config.num_layers if source.config else 1
     found: dict[str, Any] = {"checked": True, "entries": {}}
     for name, several in shapes.items():
-        entry = {"checked": True, "max_abs": 0.0, "relative_rms": 0.0}
+        entry: dict[str, Any] = {"checked": True, "max_abs": 0.0, "relative_rms": 0.0}
         for shape in several:
             if layers * shape[0] * (shape[1] if len(shape) == 3 else 1) ** 2 > _PARITY_PAIRS:
                 entry = {"checked": False, "reason": "long; run mega_tvm.verify"}

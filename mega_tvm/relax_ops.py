@@ -173,7 +173,8 @@ def layer_norm(
 
 
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    spec = EmaScanSpec(*dims_of(shape_of(call.args[0])))
+    *lead, channels = shape_of(call.args[0])
+    spec = EmaScanSpec(*dims_of(lead), channels)
     return _call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 

@@ -167,7 +167,8 @@ class Model:
         self._by_shape = {entry.input_shape: entry for entry in self._entries}
         symbolic = manifest.get("symbolic_entries", [])
         self._symbolic_entries = tuple(map(SymbolicEntry.of, symbolic))
-        names = [entry.name for entry in (*self._entries, *self._symbolic_entries)]
+        names = [entry.name for entry in self._entries]
+        names += [entry.name for entry in self._symbolic_entries]
         self._functions = {name: self._function(name) for name in names}
 
     @property
@@ -338,7 +339,7 @@ class Model:
             if scratch is None:
                 scratch = _SymbolicScratch() if entry.symbolic else _Scratch(entry)
                 scratches[entry.name] = scratch
-            if entry.symbolic:
+            if isinstance(scratch, _SymbolicScratch):
                 scratch.fit(entry)
         except MemoryError as error:
             scratches.pop(entry.name, None)

@@ -100,11 +100,10 @@ def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tuple[tvm.
     return tvm.IRModule({"main": main.bind_symbolic_vars(values)}), ranges
 
 
-def _input_shape(program: torch.export.ExportedProgram) -> torch.Size:
+def _input_shape(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
     (name,) = program.graph_signature.user_inputs
     node = next(node for node in program.graph.nodes if node.name == name)
-    shape: torch.Size = node.meta["val"].shape
-    return shape
+    return tuple(node.meta["val"].shape)
 
 
 def _range(program: torch.export.ExportedProgram, dim: Any) -> tuple[int, int | None]:

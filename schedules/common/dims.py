@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 from tvm import tirx
-from tvm.ir import Expr
 
 Dim = int | str
-# What a dimension is within a PrimFunc.
-Extent = int | Expr
+# What a dimension is within a PrimFunc: a number, or an expression of TVM's.
+Extent: TypeAlias = int | Any
 
 
 class DimVars:
