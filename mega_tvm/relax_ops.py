@@ -173,8 +173,9 @@ def layer_norm(
 
 
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    *lead, channels = shape_of(call.args[0])
-    spec = EmaScanSpec(*dims_of(lead), channels)
+    batch, seq_len, channels = shape_of(call.args[0])
+    batch, seq_len = dims_of((batch, seq_len))
+    spec = EmaScanSpec(batch, seq_len, channels)
     return _call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 
