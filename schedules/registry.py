@@ -12,6 +12,7 @@ from tvm.target import Target
 from .common.kernel import ScheduledKernel
 from .common.script_parsing import quick_parser_lookup
 from .common.spec import OP_ATTR
+from .cached_attention import cpu as cached_attention_cpu
 from .dense import cpu as dense_cpu
 from .ema_scan import cpu as ema_scan_cpu
 from .gated_attention import cpu as gated_attention_cpu
@@ -30,6 +31,7 @@ class KernelSchedule(Protocol):
 
 
 CPU: dict[str, KernelSchedule] = {
+    "cached_attention": cached_attention_cpu,
     "dense": dense_cpu,
     "ema_scan": ema_scan_cpu,
     "gated_attention": gated_attention_cpu,
