@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import tvm_ffi
 
 from mega_tvm.tolerances import assert_parity
 from schedules.cached_attention.naive import CachedAttentionSpec, cached_attention
+from schedules.common.kernel import ScheduledKernel
 from tests.schedules.cases import sized
-from tests.schedules.harness import compiled, guarded, scheduled
+from tests.schedules.harness import Kernel, scheduled
 
 
 def _expected(spec: CachedAttentionSpec, q, k, v, lengths, cache):
@@ -36,8 +36,10 @@ def _expected(spec: CachedAttentionSpec, q, k, v, lengths, cache):
 
 def _check(rng, target, spec: CachedAttentionSpec, lengths, schedule=True, **decisions):
     func = cached_attention(spec)
-    kernel = scheduled(func, target, **decisions).func if schedule else func
-    main = compiled(kernel, target, None if not schedule else "mega_cpu")["main"]
+    if schedule:
+        kernel = Kernel(scheduled(func, target, **decisions), target)
+    else:
+        kernel = Kernel(ScheduledKernel(func), target, pipeline=None)
     lengths = np.array(lengths, np.int64)
     shapes = [(spec.q_len, spec.width), (spec.new_len, spec.width)]
     shapes += [] if spec.shared else [(spec.new_len, spec.value_width)]
@@ -48,17 +50,9 @@ def _check(rng, target, spec: CachedAttentionSpec, lengths, schedule=True, **dec
         seen = cache[b, : min(length, spec.max_len)]
         seen[...] = rng.standard_normal(seen.shape, dtype=np.float32)
     expected, expected_cache = _expected(spec, *rows[:2], rows[-1], lengths, cache)
-    out, around_out = guarded(np.full(expected.shape, np.nan, np.float32))
-    cache, around_cache = guarded(cache)
-    aligned_lengths = guarded(np.zeros(2 * spec.batch, np.float32))[0].view(np.int64)
-    aligned_lengths[:] = lengths
-    arguments = [*(guarded(a)[0] for a in rows), aligned_lengths, cache, out]
-    main(*map(tvm_ffi.from_dlpack, arguments))
+    out, (*_, after) = kernel.update([*rows, lengths, cache], expected.shape)
     assert_parity(out, expected, name=spec.name)
-    assert np.array_equal(cache, expected_cache.astype(np.float32), equal_nan=True)
-    for view, around in ((out, around_out), (cache, around_cache)):
-        view[...] = np.nan
-        assert np.isnan(around).all(), "the kernel wrote outside its arguments"
+    assert np.array_equal(after, expected_cache.astype(np.float32), equal_nan=True)
 
 
 def _spec(B, C, Q, N, W, V=None, scale=None) -> CachedAttentionSpec:
