@@ -5,7 +5,7 @@ the time of a small model. Here an entry becomes one PrimFunc
 
     run(x, tensors, workspace, y)
 
-that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
+(with the state between ``x`` and ``tensors`` if it carries one) that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
 artifact holds them; intermediates lie in a workspace whose offsets are planned from their
 lifetimes, so that a call allocates nothing. The VM's form of the entry stays in the library beside
 it, for tracing.
@@ -154,7 +154,9 @@ def _run_function(
     last_use[result] = len(graph.bindings)
 
     workspace = _Workspace()
-    places: dict[relax.Var, _Place] = {func.params[0]: ("x", 0)}
+    places: dict[relax.Var, _Place] = {
+        param: (name, 0) for name, param in _inputs(func).items()
+    }
     calls: list[_KernelCall] = []
     for step, (var, value) in enumerate(graph.bindings):
         if is_op(value, "call_tir"):
@@ -182,7 +184,7 @@ def _emit(
     workspace_bytes: int,
 ) -> tirx.PrimFunc:
     buffers = {
-        "x": tirx.decl_buffer(shape_of(graph.func.params[0]), "float32", "x"),
+        **{name: _buffer(name, param) for name, param in _inputs(graph.func).items()},
         "tensors": tirx.decl_buffer((tirx.Var("tensor_bytes", "int64"),), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
         "y": tirx.decl_buffer(shape_of(graph.func.body.body), "float32", "y"),
@@ -190,7 +192,7 @@ def _emit(
 
     def address(place: _Place) -> tirx.PrimExpr:
         buffer = buffers[place[0]]
-        if place[0] in ("x", "y"):
+        if place[0] not in ("tensors", "workspace"):
             return buffer.data
         return T.address_of(buffer[place[1]])
 
@@ -206,6 +208,16 @@ def _emit(
         tvm.ir.PrimType("int32"),
         tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
     )
+
+
+def _inputs(func: relax.Function) -> dict[str, relax.Var]:
+    """Return the parameters that are arrays, by name: ``x``, and the state if there is one."""
+    arrays = [param for param in func.params if isinstance(param.ty, relax.TensorType)]
+    return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
+
+
+def _buffer(name: str, param: relax.Var) -> tirx.Buffer:
+    return tirx.decl_buffer(shape_of(param), str(param.ty.dtype), name)
 
 
 def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
