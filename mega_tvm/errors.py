@@ -34,6 +34,10 @@ class InputError(MegaError, ValueError):
     """An input of a call has the wrong shape, dtype or layout."""
 
 
+class StreamFullError(MegaError):
+    """A stream's row holds as many frames as its caches have room for."""
+
+
 class NotAnArtifactError(ArtifactError):
     """A file is not a compiled model: missing, unreadable, or without a manifest."""
 

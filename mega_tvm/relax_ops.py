@@ -160,7 +160,8 @@ _EMA_SCAN = _register(
 def ema_scan(p: relax.Expr, decay: relax.Expr, state: relax.Expr | None = None) -> relax.Call:
     """Return ``h_t = decay * h_{t-1} + p_t`` along axis 1 of ``p [B, T, D]``.
 
-    ``h_{-1}`` is ``state [B, D]``, or 0 without one; the kernel replaces the state by ``h_{T-1}``.
+    ``h_{-1}`` is ``state [B, padded(D)]``, or 0 without one; the kernel replaces the state by
+    ``h_{T-1}``.
     """
     return relax.Call(_EMA_SCAN, [p, decay] if state is None else [p, decay, state])
 

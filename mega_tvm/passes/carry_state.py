@@ -3,10 +3,10 @@
 ``f(x [B, T, E])`` becomes ``f(x [B, C, E], lengths [B], state...)``: C new frames of each of B streams
 whose earlier ones, ``lengths[b]`` of them, are known by the state alone.
 
-- ``ema_scan(p, decay)`` goes on from a state ``[B, D]``.
+- ``ema_scan(p, decay)`` goes on from a state ``[B, D]``, D padded to whole cache lines.
 - ``attention(q, k, v)`` attends to a cache ``[B, max_len, width]`` of the keys and values so far, to
   which it first appends the new ones. Where ``merge_query_key`` and ``reassociate_values`` have made
-  keys and values the same rows, a cache row is that row; else the key, then the value.
+  keys and values the same rows, a cache row is that row; else the key, then the value; each padded.
 - All else treats rows alone, and stays.
 
 The kernels update the state in place. A softmax attention is causal and a moving average runs
@@ -20,6 +20,8 @@ from typing import Any
 
 import tvm
 from tvm import relax
+
+from schedules.common.lines import padded
 
 from .. import relax_ops
 from ..errors import UnsupportedModelError
@@ -140,11 +142,11 @@ def _state_shapes(
     """Yield the results that need state, in order, and its shape."""
     for var, value in timed.graph.bindings:
         if is_op(value, "mega.ema_scan") and timed.has_time(value.args[0]):
-            yield var, (batch, shape_of(value)[2])
+            yield var, (batch, padded(shape_of(value)[2]))
         elif is_op(value, "mega.attention") and timed.has_time(value.args[1]):
             width, value_width = int(value.attrs["width"]), int(value.attrs["value_width"])
             shared = value.args[1] == value.args[2]
-            yield var, (batch, max_len, width if shared else width + value_width)
+            yield var, (batch, max_len, padded(width) + (0 if shared else padded(value_width)))
 
 
 def _cached(site: Site, lengths: relax.Var, cache: relax.Var) -> relax.Expr:

@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from ..common.attention import ATTENTION_EPS
+from ..common.lines import padded
 from ..common.spec import KernelSpec
 
 
@@ -46,13 +47,13 @@ class CachedAttentionSpec(KernelSpec):
 
     @property
     def row_width(self) -> int:
-        """Columns of a cache row."""
-        return self.width if self.shared else self.width + self.value_width
+        """Columns of a cache row: key and value start at cache lines, whichever row it is."""
+        return padded(self.width) + (0 if self.shared else padded(self.value_width))
 
     @property
     def value_offset(self) -> int:
         """First column of the values in a cache row."""
-        return 0 if self.shared else self.width
+        return 0 if self.shared else padded(self.width)
 
     @property
     def name(self) -> str:
@@ -71,6 +72,8 @@ def cached_attention(spec: CachedAttentionSpec) -> tirx.PrimFunc:
     <= max_len``.
 
     ``s = scale * q k^T``, ``w = exp(s - max)``, ``out = (w @ v) / (sum(w) + 1e-8)``.
+
+    Padding columns of the cache are neither read nor written.
 
     Shapes: ``q [B, q_len, width]``, ``k [B, new_len, width]``, ``v [B, new_len, value_width]``,
     ``lengths [B]`` int64, ``cache [B, max_len, row_width]``, ``out [B, q_len, value_width]``.

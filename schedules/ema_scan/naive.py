@@ -9,6 +9,7 @@ from typing import ClassVar
 from tvm import tirx
 from tvm.script import tirx as T
 
+from ..common.lines import padded
 from ..common.spec import KernelSpec
 
 
@@ -31,6 +32,11 @@ class EmaScanSpec(KernelSpec):
     carried: bool = False
 
     @property
+    def state_width(self) -> int:
+        """Columns of the state, whose rows start at cache lines."""
+        return padded(self.channels)
+
+    @property
     def name(self) -> str:
         """A readable name for the PrimFunc."""
         carried = "_carried" if self.carried else ""
@@ -42,7 +48,7 @@ def ema_scan(spec: EmaScanSpec) -> tirx.PrimFunc:
 
     ``h_{-1}`` is the state, or 0 without one; the state becomes ``h_{T-1}``.
 
-    Shapes: ``p`` and ``h`` ``[B, T, D]``, ``decay`` ``[D]``, ``state`` ``[B, D]``. The gain ``1 - decay`` of the moving
+    Shapes: ``p`` and ``h`` ``[B, T, D]``, ``decay`` ``[D]``, ``state`` ``[B, state_width]``. The gain ``1 - decay`` of the moving
     average is not here: it is a scale of ``p``, which the compiler folds into the projection
     before.
     """
@@ -78,7 +84,7 @@ def ema_scan_prim_func(spec: EmaScanSpec, body: Callable[..., None]) -> tirx.Pri
         def ema_scan_carried(
             p: T.Buffer((B, N, D), "float32"),
             decay: T.Buffer((D,), "float32"),
-            state: T.Buffer((B, D), "float32"),
+            state: T.Buffer((B, spec.state_width), "float32"),
             h: T.Buffer((B, N, D), "float32"),
         ):
             T.func_attr({"tirx.noalias": True})

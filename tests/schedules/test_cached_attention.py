@@ -23,7 +23,7 @@ def _expected(spec: CachedAttentionSpec, q, k, v, lengths, cache):
         position = lengths[b] + c
         cache[b, position % spec.max_len, :W] = k[b, c]
         if not spec.shared:
-            cache[b, position % spec.max_len, W:] = v[b, c]
+            cache[b, position % spec.max_len, v_off : v_off + spec.value_width] = v[b, c]
         i = c - (spec.new_len - spec.q_len)
         if i >= 0:
             rows = cache[b, : min(position + 1, spec.max_len)]
@@ -44,11 +44,13 @@ def _check(rng, target, spec: CachedAttentionSpec, lengths, schedule=True, **dec
     shapes = [(spec.q_len, spec.width), (spec.new_len, spec.width)]
     shapes += [] if spec.shared else [(spec.new_len, spec.value_width)]
     rows = [rng.standard_normal((spec.batch, *s), dtype=np.float32) for s in shapes]
-    # Rows that no query sees are NaN.
+    # Rows that no query sees are NaN, and so are columns between and behind keys and values.
     cache = np.full((spec.batch, spec.max_len, spec.row_width), np.nan, np.float32)
     for b, length in enumerate(lengths):
         seen = cache[b, : min(length, spec.max_len)]
-        seen[...] = rng.standard_normal(seen.shape, dtype=np.float32)
+        for at, width in ((0, spec.width), (spec.value_offset, spec.value_width)):
+            part = seen[:, at : at + width]
+            part[...] = rng.standard_normal(part.shape, dtype=np.float32)
     expected, expected_cache = _expected(spec, *rows[:2], rows[-1], lengths, cache)
     out, (*_, after) = kernel.update([*rows, lengths, cache], expected.shape)
     assert_parity(out, expected, name=spec.name)

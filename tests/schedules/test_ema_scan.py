@@ -60,12 +60,14 @@ def test_carried_state(rng, target, B, C, D, naive) -> None:
         kernel = Kernel(ScheduledKernel(func), target, pipeline=None)
     else:
         kernel = Kernel(scheduled(func, target), target)
-    state, parts = np.zeros((B, D), np.float32), []
+    state = np.full((B, EmaScanSpec(B, C, D).state_width), np.nan, np.float32)
+    state[:, :D], parts = 0, []
     for part in np.split(p, 3, axis=1):
         h, (_, _, state) = kernel.update([part, decay, state], part.shape)
         parts.append(h)
     assert_parity(np.concatenate(parts, axis=1), case.expected)
-    np.testing.assert_array_equal(state, parts[-1][:, -1])
+    np.testing.assert_array_equal(state[:, :D], parts[-1][:, -1])
+    assert np.isnan(state[:, D:]).all()
 
 
 def test_naive_is_the_definition(rng, baseline) -> None:
