@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from ..common.attention import ATTENTION_EPS
+from ..common.dims import Dim, DimVars
 from ..common.lines import padded
 from ..common.spec import KernelSpec
 
@@ -20,11 +21,11 @@ class CachedAttentionSpec(KernelSpec):
 
     Parameters
     ----------
-    batch, new_len : int
+    batch, new_len : int or str
         Streams, and new frames of each.
-    q_len : int
+    q_len : int or str
         Query rows, those of the last ``q_len`` new frames: ``new_len``, or 1.
-    max_len : int
+    max_len : int or str
         Frames that the cache holds of each stream.
     width, value_width : int
         Columns of queries and keys, and of values and output.
@@ -36,14 +37,19 @@ class CachedAttentionSpec(KernelSpec):
 
     op: ClassVar[str] = "cached_attention"
 
-    batch: int
-    new_len: int
-    q_len: int
-    max_len: int
+    batch: Dim
+    new_len: Dim
+    q_len: Dim
+    max_len: Dim
     width: int
     value_width: int
     shared: bool
     scale: float = 1.0
+
+    @property
+    def sizes(self) -> tuple[Dim, Dim, Dim, Dim]:
+        """The dimensions that may be named: ``batch``, ``new_len``, ``q_len``, ``max_len``."""
+        return self.batch, self.new_len, self.q_len, self.max_len
 
     @property
     def row_width(self) -> int:
@@ -78,7 +84,8 @@ def cached_attention(spec: CachedAttentionSpec) -> tirx.PrimFunc:
     Shapes: ``q [B, q_len, width]``, ``k [B, new_len, width]``, ``v [B, new_len, value_width]``,
     ``lengths [B]`` int64, ``cache [B, max_len, row_width]``, ``out [B, q_len, value_width]``.
     """
-    B, C, Q, N = spec.batch, spec.new_len, spec.q_len, spec.max_len
+    dims = DimVars()
+    B, C, Q, N = dims.shape(spec.sizes)
     W, V, v_off, scale = spec.width, spec.value_width, spec.value_offset, spec.scale
     shared = spec.shared
 
@@ -147,14 +154,14 @@ def cached_attention(spec: CachedAttentionSpec) -> tirx.PrimFunc:
             append(v, lengths, cache, V, v_off)
         attend(q, lengths, cache, out)
 
-    return spec.attach(cached_attention_prim_func(spec, body))
+    return spec.attach(cached_attention_prim_func(spec, dims, body))
 
 
 def cached_attention_prim_func(
-    spec: CachedAttentionSpec, body: Callable[..., None]
+    spec: CachedAttentionSpec, dims: DimVars, body: Callable[..., None]
 ) -> tirx.PrimFunc:
     """Wrap ``body(q, k, v, lengths, cache, out)`` in the PrimFunc of a spec."""
-    B, C, Q, N = spec.batch, spec.new_len, spec.q_len, spec.max_len
+    B, C, Q, N = dims.shape(spec.sizes)
     W, V, R = spec.width, spec.value_width, spec.row_width
     if spec.shared:
 

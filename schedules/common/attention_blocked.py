@@ -23,6 +23,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
+from .dims import DimVars, ceil_div
+from .row_tiles import RowTiles, opaque
 
 # Components that are transposed together, a cache line of a key.
 PACK = 16
@@ -30,12 +32,12 @@ PACK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
-    """Sizes of tiles: vector lanes, queries and vectors of a tile, queries of a block."""
+    """Sizes of tiles: vector lanes, queries and vectors of a tile, tiles of a block."""
 
     lanes: int
     tile_q: int
     panel_vectors: int
-    block_q: int
+    block_tiles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +73,14 @@ class Scoring:
 
 def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring) -> tirx.PrimFunc:
     """Return the blocked kernel ``(q, k, v[, gate], out)``."""
-    B, Q, K, W, V = spec.batch, spec.q_len, spec.k_len, spec.width, spec.value_width
-    L, tile_q, block_q = blocking.lanes, blocking.tile_q, blocking.block_q
+    dims = DimVars()
+    B, Q, K = dims.shape((spec.batch, spec.q_len, spec.k_len))
+    W, V, L = spec.width, spec.value_width, blocking.lanes
+    tile_q = min(blocking.tile_q, Q) if isinstance(Q, int) else blocking.tile_q
     panel = blocking.panel_vectors * L
-    panels = -(-K // panel)
-    blocks = -(-Q // block_q)
     first_pos = K - Q  # position of query row 0
-    tile_rows = Q // tile_q * tile_q
-    last_rows = Q - tile_rows
+    block_rows = blocking.block_tiles * tile_q  # of a block's memory
+    hide = opaque if not isinstance(Q, int) else lambda value: value
     group = min(panel, V // L * L) if L <= V else V  # value columns of a register tile
     groups, tail = V // group, V % group
     q_off, k_off, v_off, g_off = spec.q_offset, spec.k_offset, spec.v_offset, spec.gate_offset
@@ -163,7 +165,9 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     @T.inline
     def tile(q, kt, v, s, o, peak, total, b, row, r, p, n_rows):
         # Keys of this panel that the tile's last row may see.
-        seen = T.min(panel, (first_pos + row + n_rows if causal else K) - p * panel)
+        seen = T.meta_var(
+            hide(T.min(panel, (first_pos + row + n_rows if causal else K) - p * panel))
+        )
         if seen > 0:
             # On the diagonal, half a panel may do. More steps would gain little: at T = 60 the
             # scores are half of 40 us.
@@ -199,22 +203,23 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 out[b, row, col + lane] = o[r, col + lane] / (total[r] + T.float32(ATTENTION_EPS))
 
     @T.inline
-    def block(q, kt, v, gate, out, b, row0):
-        o = T.alloc_buffer((block_q, V), "float32", scope="local")
+    def block(q, kt, v, gate, out, tiles, b, nth, block_tiles):
+        o = T.alloc_buffer((block_rows, V), "float32", scope="local")
         s = T.alloc_buffer((tile_q, panel), "float32", scope="local")
-        peak = T.alloc_buffer((block_q,), "float32", scope="local")
-        total = T.alloc_buffer((block_q,), "float32", scope="local")
-        n_rows = T.min(block_q, Q - row0)
-        n_tiles = T.min(block_q, tile_rows - row0) // tile_q
+        peak = T.alloc_buffer((block_rows,), "float32", scope="local")
+        total = T.alloc_buffer((block_rows,), "float32", scope="local")
+        first = T.meta_var(hide(nth * block_tiles))
+        n_tiles = T.meta_var(hide(T.min(block_tiles, tiles.count - first)))
+        row0 = T.meta_var(hide(tiles.start(first)))
+        n_rows = T.meta_var(hide(tiles.start(first + n_tiles) - row0))
         for r in T.serial(n_rows):
             start(peak, total, r)
         last_key = T.meta_var(first_pos + row0 + n_rows if causal else K)
-        for p in T.serial((last_key + panel - 1) // panel):
+        for p in T.serial(hide(ceil_div(last_key, panel))):
             for t in T.serial(n_tiles):
-                tile(q, kt, v, s, o, peak, total, b, row0 + t * tile_q, t * tile_q, p, tile_q)
-            if last_rows > 0:
-                if row0 + block_q >= Q:
-                    tile(q, kt, v, s, o, peak, total, b, tile_rows, tile_rows - row0, p, last_rows)
+                row = T.meta_var(hide(tiles.start(first + t)))
+                r = T.meta_var(hide(row - row0))
+                tiles.emit(first + t, tile, q, kt, v, s, o, peak, total, b, row, r, p)
         for r in T.serial(n_rows):
             for d in T.serial(V // L):
                 write(o, total, gate, out, b, row0 + r, r, d * L, L)
@@ -223,23 +228,31 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
 
     @T.inline
     def body(q, k, v, gate, out):
-        kt = T.alloc_buffer((B, panels, W, panel), "float32")
+        panels = T.meta_var(hide(ceil_div(K, panel)))
+        kt = T.alloc_buffer((B, ceil_div(K, panel), W, panel), "float32")
+        tiles = T.meta_var(RowTiles(Q, tile_q))
+        # Two blocks at least, for two cores.
+        block_tiles = T.meta_var(hide(T.min(blocking.block_tiles, ceil_div(tiles.count, 2))))
+        blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
         for g in T.parallel(B * panels):
-            pack_panel(k, kt, g // panels, g % panels)
+            pack_panel(k, kt, hide(g // panels), hide(g % panels))
         for g in T.parallel(B * blocks):
             # Threads take contiguous ranges. A causal block costs more the later it lies: pairing
             # the first with the last, the second with the last but one, ... gives each range its
             # share.
             u = T.meta_var(g % blocks)
-            row0 = T.meta_var(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2) * block_q)
-            block(q, kt, v, gate, out, g // blocks, row0)
+            nth = T.meta_var(hide(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2)))
+            block(q, kt, v, gate, out, tiles, hide(g // blocks), nth, block_tiles)
 
-    return attention_prim_func(spec, body)
+    return attention_prim_func(spec, dims, body)
 
 
-def attention_prim_func(spec: AttentionSpec, body: Callable[..., None]) -> tirx.PrimFunc:
+def attention_prim_func(
+    spec: AttentionSpec, dims: DimVars, body: Callable[..., None]
+) -> tirx.PrimFunc:
     """Wrap ``body(q, k, v, gate, out)`` in the PrimFunc of a spec, with or without a gate."""
-    B, Q, K, V = spec.batch, spec.q_len, spec.k_len, spec.value_width
+    B, Q, K = dims.shape((spec.batch, spec.q_len, spec.k_len))
+    V = spec.value_width
     q_shape, k_shape, v_shape = (B, Q, spec.q_stride), (B, K, spec.k_stride), (B, K, spec.v_stride)
     gate_shape = (B, Q, spec.gate_stride)
     if spec.has_gate:

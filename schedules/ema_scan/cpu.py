@@ -15,6 +15,7 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cpu_features import vector_unit
+from ..common.dims import DimVars
 from ..common.kernel import ScheduledKernel
 from .naive import EmaScanSpec, ema_scan_prim_func
 
@@ -35,7 +36,8 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 
 def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
-    B, N, D = spec.batch, spec.seq_len, spec.channels
+    dims = DimVars()
+    B, N, D = *dims.shape((spec.batch, spec.seq_len)), spec.channels
     groups, tail, carried = D // width, D % width, spec.carried
 
     @T.inline
@@ -63,15 +65,14 @@ def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
                 scan(p, decay, state, h, b, D - tail, tail)
 
     units = groups + (tail > 0)
-    parallel = B * N * D >= PARALLEL_ELEMENTS and B * units > 1
 
     @T.inline
     def body(p, decay, state, h):
-        if parallel:
+        if B * N * D >= PARALLEL_ELEMENTS:
             for unit in T.parallel(B * units):
                 scan_group(p, decay, state, h, unit // units, unit % units)
         else:
             for unit in T.serial(B * units):
                 scan_group(p, decay, state, h, unit // units, unit % units)
 
-    return ema_scan_prim_func(spec, body)
+    return ema_scan_prim_func(spec, dims, body)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from tvm import tirx
 from tvm.script import tirx as T
 
+from ..common.dims import Dim, DimVars
 from ..common.lines import padded
 from ..common.spec import KernelSpec
 
@@ -19,15 +20,16 @@ class EmaScanSpec(KernelSpec):
 
     Parameters
     ----------
-    batch, seq_len, channels : int
+    batch, seq_len : int or str
+    channels : int
     carried : bool
         The scan goes on from a state, which it replaces by its last one; else it starts at zero.
     """
 
     op: ClassVar[str] = "ema_scan"
 
-    batch: int
-    seq_len: int
+    batch: Dim
+    seq_len: Dim
     channels: int
     carried: bool = False
 
@@ -52,7 +54,7 @@ def ema_scan(spec: EmaScanSpec) -> tirx.PrimFunc:
     average is not here: it is a scale of ``p``, which the compiler folds into the projection
     before.
     """
-    B, N, D = spec.batch, spec.seq_len, spec.channels
+    B, N, D = *dims.shape((spec.batch, spec.seq_len)), spec.channels
 
     carried = spec.carried
 
@@ -72,12 +74,14 @@ def ema_scan(spec: EmaScanSpec) -> tirx.PrimFunc:
                     vb, vd = T.axis.remap("SS", [b, d])
                     state[vb, vd] = h[vb, N - 1, vd]
 
-    return spec.attach(ema_scan_prim_func(spec, body))
+    return spec.attach(ema_scan_prim_func(spec, dims, body))
 
 
-def ema_scan_prim_func(spec: EmaScanSpec, body: Callable[..., None]) -> tirx.PrimFunc:
+def ema_scan_prim_func(
+    spec: EmaScanSpec, dims: DimVars, body: Callable[..., None]
+) -> tirx.PrimFunc:
     """Wrap ``body(p, decay, state, h)`` in the PrimFunc of a spec, with or without a state."""
-    B, N, D = spec.batch, spec.seq_len, spec.channels
+    B, N, D = *dims.shape((spec.batch, spec.seq_len)), spec.channels
     if spec.carried:
 
         @T.prim_func(s_tir=True, private=True)

@@ -25,9 +25,8 @@ from .naive import GatedAttentionSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
-    spec = GatedAttentionSpec.of(sch.mod["main"])
-    if spec.q_len > 1:
-        sample_blocking(sch, spec, vector_unit(target))
+    if GatedAttentionSpec.of(sch.mod["main"]).q_len != 1:
+        sample_blocking(sch, vector_unit(target))
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -36,7 +35,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     lanes = vector_unit(target).lanes
     if spec.q_len == 1:
         return ScheduledKernel(row_attention(spec, lanes, softmax(spec, lanes, 1)))
-    blocking = read_blocking(decisions.read(func), lanes, spec)
+    blocking = read_blocking(decisions.read(func), lanes)
     scoring = softmax(spec, lanes, blocking.panel_vectors)
     return ScheduledKernel(blocked_attention(spec, blocking, scoring))
 

@@ -28,12 +28,11 @@ from .naive import LaplaceAttentionSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
-    spec = LaplaceAttentionSpec.of(sch.mod["main"])
-    if spec.q_len > 1:
+    if LaplaceAttentionSpec.of(sch.mod["main"]).q_len != 1:
         unit = vector_unit(target)
         # |q - k| needs a register for the difference and one for the sign mask: with AVX2's 16,
         # tiles of 6 spill an accumulator at each step (T = 1024: 16.0 ms, tiles of 5: 15.0).
-        sample_blocking(sch, spec, unit, tile_q=6 if unit.registers == 32 else 5)
+        sample_blocking(sch, unit, tile_q=6 if unit.registers == 32 else 5)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -42,7 +41,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     lanes = vector_unit(target).lanes
     if spec.q_len == 1:
         return ScheduledKernel(row_attention(spec, lanes, laplace(lanes, 1)))
-    blocking = read_blocking(decisions.read(func), lanes, spec)
+    blocking = read_blocking(decisions.read(func), lanes)
     return ScheduledKernel(
         blocked_attention(spec, blocking, laplace(lanes, blocking.panel_vectors))
     )

@@ -1,0 +1,45 @@
+"""Dimensions that are numbers, or names whose values a call brings.
+
+A specification holds dimensions as data: 60, or ``"seq_len"``. Within one PrimFunc each name is one
+variable, bound by the shapes of its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from tvm import tirx
+from tvm.ir import Expr
+
+Dim = int | str
+# What a dimension is within a PrimFunc.
+Extent = int | Expr
+
+
+class DimVars:
+    """The variables of one PrimFunc that stand for named dimensions."""
+
+    def __init__(self) -> None:
+        self._vars: dict[str, tirx.Var] = {}
+
+    def __call__(self, dim: Dim) -> Extent:
+        """Return a dimension as a number or a variable."""
+        if isinstance(dim, int):
+            return dim
+        if dim not in self._vars:
+            self._vars[dim] = tirx.Var(dim, "int64")
+        return self._vars[dim]
+
+    def shape(self, dims: Iterable[Dim]) -> tuple[Extent, ...]:
+        """Return several dimensions as numbers or variables."""
+        return tuple(map(self, dims))
+
+    def rows(self, lead: Iterable[Dim]) -> Extent:
+        """Return the number of rows that leading dimensions make."""
+        return math.prod(self.shape(lead))
+
+
+def ceil_div(extent: Extent, divisor: Extent) -> Extent:
+    """Return ``extent / divisor``, rounded up; both are positive."""
+    return (extent + divisor - 1) // divisor
