@@ -5,10 +5,12 @@ the time of a small model. Here an entry becomes one PrimFunc
 
     run(x, tensors, workspace, y)
 
-(with the state between ``x`` and ``tensors`` if it carries one) that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
+that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
 artifact holds them; intermediates lie in a workspace whose offsets are planned from their
-lifetimes, so that a call allocates nothing. The VM's form of the entry stays in the library beside
-it, for tracing.
+lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
+length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
+the library beside it, for tracing; an entry that carries state, ``run(x, lengths, state...,
+tensors, workspace, y)``, has none.
 """
 
 from __future__ import annotations
@@ -25,31 +27,60 @@ from tvm import relax, tirx
 from tvm.ir import Call, GlobalVar
 from tvm.script import tirx as T
 
+from schedules.common.dims import Dim, DimVars, Extent
+
 from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
 from .manifest_schema import ALIGNMENT, round_up
 from .passes.rewrite import Graph, variables
-from .relax_ops import is_op, shape_of
+from .relax_ops import dims_of, is_op, shape_of
+from .symbolic_entry import region_name
 
 RUN_SUFFIX = "__run"
 
+# A kind of row: the names whose product is their number, none for what has a known size.
+Region = tuple[str, ...]
+# A byte of the workspace: the region, and the bytes a row ahead of it there.
+_Offset = tuple[Region, int]
 # Where a variable lies: in which parameter ("x", "y", "tensors", "workspace"), from which byte.
-_Place = tuple[str, int]
-# A kernel's name, and where its arguments lie.
-_KernelCall = tuple[str, list[_Place]]
+_Place = tuple[str, _Offset]
+# A kernel's name, where its arguments lie, and their dimensions.
+_KernelCall = tuple[str, list[_Place], list[tuple[Dim, ...]]]
+_START: _Offset = ((), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFunction:
-    """An entry as one PrimFunc, and the bytes of workspace that it needs."""
+    """An entry as one PrimFunc, and the bytes of workspace that it needs: a row, by region."""
 
     func: tirx.PrimFunc
-    workspace: int
+    workspace: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CFunction:
+    """A kernel on addresses, and the shapes of its arguments, which tell what its variables are.
+
+    It takes the variables behind the addresses.
+    """
+
+    func: tirx.PrimFunc
+    shapes: list[tuple[Extent, ...]]
+
+    def values(self, shapes: list[tuple[Extent, ...]]) -> list[Extent]:
+        """Return the variables' values for arguments of the given shapes."""
+        found: dict[tirx.Var, Extent] = {}
+        for own, given in zip(self.shapes, shapes, strict=True):
+            for extent, value in zip(own, given, strict=True):
+                if isinstance(extent, tirx.Var):
+                    found[extent] = value
+        variables = self.func.params[len(self.shapes) :]
+        return [found[variable] for variable in variables]
 
 
 def add_run_functions(
     mod: tvm.IRModule, tensors: list[npt.NDArray[Any]]
-) -> tuple[tvm.IRModule, dict[str, int]]:
+) -> tuple[tvm.IRModule, dict[str, dict[str, int]]]:
     """Add ``<entry>__run`` for each entry of a packed module.
 
     Parameters
@@ -62,15 +93,16 @@ def add_run_functions(
     Returns
     -------
     tvm.IRModule
-    dict of str to int
-        Bytes of workspace by entry.
+    dict of str to dict
+        By entry, bytes of workspace by region, see `mega_tvm.symbolic_entry`.
     """
     builder = relax.BlockBuilder(mod)
-    plain = {
-        gvar.name_hint: builder.add_func(_as_c_function(func), f"{gvar.name_hint}__c")
-        for gvar, func in mod.functions_items()
-        if isinstance(func, tirx.PrimFunc)
-    }
+    plain = {}
+    for gvar, func in mod.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            kernel = _as_c_function(func)
+            name = f"{gvar.name_hint}__c"
+            plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
     offsets = list(tensor_offsets(tensors))
     workspaces = {}
     for gvar, func in mod.functions_items():
@@ -100,8 +132,11 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     return block
 
 
-def _as_c_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
+def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
+    shapes = [_extents(buffer.shape) for buffer in func.params]
+    named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
+    variables = list(dict.fromkeys(named))
     pointers = [
         tirx.Var(buffer.name, tvm.ir.PointerType(tvm.ir.PrimType(str(buffer.dtype))))
         for buffer in func.params
@@ -113,37 +148,61 @@ def _as_c_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
     body = tirx.SeqStmt([*declared, func.body, tirx.stmt.Return(tirx.const(0, "int32"))])
     attrs = {key: value for key, value in func.attrs.items() if key != "global_symbol"}
     attrs[C_FUNCTION_ATTR] = True
-    return tirx.PrimFunc(
-        pointers, body, tvm.ir.PrimType("int32"), tvm.ir.make_node("ir.DictAttrs", **attrs)
+    plain = tirx.PrimFunc(
+        [*pointers, *variables],
+        body,
+        tvm.ir.PrimType("int32"),
+        tvm.ir.make_node("ir.DictAttrs", **attrs),
     )
+    return _CFunction(plain, shapes)
+
+
+def _extents(shape: Iterable[tirx.PrimExpr]) -> tuple[Extent, ...]:
+    return tuple(int(extent) if isinstance(extent, tirx.IntImm) else extent for extent in shape)
 
 
 class _Workspace:
-    """Offsets of intermediates: first fit among those that live at the same time."""
+    """Offsets of intermediates: first fit among those that live at the same time.
+
+    Intermediates whose rows a call brings lie in regions, one for each kind of row (``batch``,
+    ``batch * seq_len``), and are planned by their bytes a row: offsets scale with the rows.
+    """
 
     def __init__(self) -> None:
-        self.size = 0
-        self._live: dict[relax.Var, tuple[int, int]] = {}
+        self.sizes: dict[Region, int] = {}
+        self._live: dict[relax.Var, tuple[Region, int, int]] = {}
 
-    def place(self, var: relax.Var, size: int) -> int:
-        """Reserve bytes for a variable and return their offset."""
-        size = round_up(max(size, 1))
+    def place(self, var: relax.Var) -> _Offset:
+        """Reserve memory for a variable."""
+        dims = dims_of(shape_of(var))
+        region = tuple(sorted(dim for dim in dims if isinstance(dim, str)))
+        elements = math.prod(dim for dim in dims if isinstance(dim, int))
+        size = round_up(max(elements * np.dtype(str(var.ty.dtype)).itemsize, 1))
         start = 0
-        for begin, end in sorted(self._live.values()):
+        for other, begin, end in sorted(self._live.values()):
+            if other != region:
+                continue
             if start + size <= begin:
                 break
             start = max(start, end)
-        self._live[var] = (start, start + size)
-        self.size = max(self.size, start + size)
-        return start
+        self._live[var] = (region, start, start + size)
+        self.sizes[region] = max(self.sizes.get(region, ALIGNMENT), start + size)
+        return region, start
 
     def release(self, var: relax.Var) -> None:
         """Give a variable's bytes back."""
         self._live.pop(var, None)
 
+    def by_name(self) -> dict[str, int]:
+        """Return the bytes a row of each region, as the manifest holds them."""
+        return {region_name(region): self.sizes[region] for region in sorted(self.sizes)}
+
+
+_Kernel = tuple[GlobalVar, _CFunction]
+
 
 def _run_function(
-    graph: Graph, kernels: Mapping[str, GlobalVar], tensor_starts: list[int]
+    graph: Graph, kernels: Mapping[str, _Kernel], tensor_starts: list[int]
 ) -> RunFunction:
     func = graph.func
     result = _resolve(func.body.body, graph)
@@ -155,51 +214,74 @@ def _run_function(
 
     workspace = _Workspace()
     places: dict[relax.Var, _Place] = {
-        param: (name, 0) for name, param in _inputs(func).items()
+        param: (name, _START) for name, param in _inputs(func).items()
     }
     calls: list[_KernelCall] = []
     for step, (var, value) in enumerate(graph.bindings):
         if is_op(value, "call_tir"):
             if var == result:
-                places[var] = ("y", 0)
+                places[var] = ("y", _START)
             else:
-                places[var] = ("workspace", workspace.place(var, _nbytes(var)))
-            operands = [places[_resolve(arg, graph)] for arg in value.args[1].fields]
-            calls.append((value.args[0].name_hint, [*operands, places[var]]))
+                places[var] = ("workspace", workspace.place(var))
+            arguments = [*value.args[1].fields, var]
+            calls.append(
+                (
+                    value.args[0].name_hint,
+                    [places[_resolve(arg, graph)] for arg in arguments],
+                    [dims_of(shape_of(arg)) for arg in arguments],
+                )
+            )
         elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            places[var] = ("tensors", tensor_starts[int(value.args[2].value)])
+            places[var] = ("tensors", ((), tensor_starts[int(value.args[2].value)]))
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
-    if places.get(result, ("", 0))[0] != "y":
+    if places.get(result, ("", _START))[0] != "y":
         raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
-    size = max(workspace.size, ALIGNMENT)
-    return RunFunction(_emit(graph, calls, kernels, size), size)
+    workspace.sizes = workspace.sizes or {(): ALIGNMENT}
+    return RunFunction(_emit(graph, calls, kernels, workspace), workspace.by_name())
 
 
 def _emit(
     graph: Graph,
     calls: list[_KernelCall],
-    kernels: Mapping[str, GlobalVar],
-    workspace_bytes: int,
+    kernels: Mapping[str, _Kernel],
+    workspace: _Workspace,
 ) -> tirx.PrimFunc:
+    dims = DimVars()
+    starts: dict[Region, Extent] = {}
+    end: Extent = 0
+    for region in sorted(workspace.sizes):
+        starts[region] = end
+        end = end + workspace.sizes[region] * dims.rows(region)
+    y_shape = dims.shape(dims_of(shape_of(graph.func.body.body)))
+    known = isinstance(end, int)
+    workspace_bytes = end if known else tirx.Var("workspace_bytes", "int64")
     buffers = {
-        **{name: _buffer(name, param) for name, param in _inputs(graph.func).items()},
+        **{name: _buffer(name, param, dims) for name, param in _inputs(graph.func).items()},
         "tensors": tirx.decl_buffer((tirx.Var("tensor_bytes", "int64"),), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
-        "y": tirx.decl_buffer(shape_of(graph.func.body.body), "float32", "y"),
+        "y": tirx.decl_buffer(y_shape, "float32", "y"),
     }
 
     def address(place: _Place) -> tirx.PrimExpr:
-        buffer = buffers[place[0]]
-        if place[0] not in ("tensors", "workspace"):
-            return buffer.data
-        return T.address_of(buffer[place[1]])
+        name, (region, start) = place
+        if name not in ("tensors", "workspace"):
+            return buffers[name].data
+        begin = starts[region] if name == "workspace" else 0
+        return T.address_of(buffers[name][begin + start * dims.rows(region)])
 
     failed = tirx.stmt.Return(tirx.const(1, "int32"))
-    steps: list[tirx.Stmt] = []
-    for name, places in calls:
-        call = Call(kernels[name], [address(place) for place in places], ret_ty="int32")
+    # A workspace of a known size is checked with the other arguments' shapes.
+    steps: list[tirx.Stmt] = [] if known else [tirx.IfThenElse(workspace_bytes < end, failed, None)]
+    for name, places, shapes in calls:
+        function, kernel = kernels[name]
+        values = kernel.values([dims.shape(shape) for shape in shapes])
+        arguments = [
+            *map(address, places),
+            *(tirx.const(v, "int64") if isinstance(v, int) else v for v in values),
+        ]
+        call = Call(function, arguments, ret_ty="int32")
         steps.append(tirx.IfThenElse(call != 0, failed, None))
     steps.append(tirx.stmt.Return(tirx.const(0, "int32")))
     return tirx.PrimFunc(
@@ -216,8 +298,8 @@ def _inputs(func: relax.Function) -> dict[str, relax.Var]:
     return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
 
 
-def _buffer(name: str, param: relax.Var) -> tirx.Buffer:
-    return tirx.decl_buffer(shape_of(param), str(param.ty.dtype), name)
+def _buffer(name: str, param: relax.Var, dims: DimVars) -> tirx.Buffer:
+    return tirx.decl_buffer(dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name)
 
 
 def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
@@ -231,7 +313,3 @@ def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
         else:
             break
     return expr
-
-
-def _nbytes(var: relax.Var) -> int:
-    return math.prod(shape_of(var)) * np.dtype(str(var.ty.dtype)).itemsize

@@ -19,6 +19,7 @@ from .errors import CompileError
 from .frontend.torch import import_module
 from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
+from .symbolic_entry import FIXED
 from .targets import CpuTarget, machine_runs, resolve_target
 from .tolerances import compare
 from .weights import Checkpoint
@@ -100,7 +101,7 @@ def compile_model(
     )
     on_phase("parity")
     entries = [
-        _entry(name, shape, mod) | {"workspace": compiled.workspaces[name]}
+        _entry(name, shape, mod) | {"workspace": compiled.workspaces[name][FIXED]}
         for name, shape in shapes.items()
     ]
     manifest = {

@@ -131,7 +131,8 @@ def _rebuild(
         return fetched[index]
 
     # Kernels are in the other builder's module: their types are told, not inferred.
-    with builder.function(name, [*params, pool] if arrays else params):
+    attrs = dict(graph.func.attrs or {})
+    with builder.function(name, [*params, pool] if arrays else params, attrs):
         with builder.dataflow():
             for (var, value), place in zip(graph.bindings, places, strict=True):
                 new = graph.renew(value)

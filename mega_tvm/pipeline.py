@@ -35,6 +35,8 @@ from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE, keep_c_functions_private
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
+from .passes.carry_state import without_state
+from .symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
 
 PHASES = ("graph", "kernels", "schedule", "pack", "lower")
@@ -51,8 +53,8 @@ class Compiled:
         Each entry twice: ``<entry>__run``, see `mega_tvm.aot`, and ``(x, tensors)`` for the VM.
     tensors : list of array
         The packed constants.
-    workspaces : dict of str to int
-        Bytes of workspace that ``<entry>__run`` takes.
+    workspaces : dict of str to dict
+        Bytes of workspace that ``<entry>__run`` takes, by region: see `mega_tvm.symbolic_entry`.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries).
@@ -62,7 +64,7 @@ class Compiled:
 
     executable: Any
     tensors: list[npt.NDArray[Any]]
-    workspaces: dict[str, int]
+    workspaces: dict[str, dict[str, int]]
     kernels: list[dict[str, Any]]
     seconds: dict[str, float]
 
@@ -72,7 +74,8 @@ class Compiled:
         """Run an entry in this process, before anything is written."""
         function = self.executable.mod.get_function(entry + RUN_SUFFIX, query_imports=True)
         block = tensor_block(self.tensors)
-        workspace = np.zeros(self.workspaces[entry], np.uint8)
+        sizes = dict(zip((BATCH, SEQ_LEN), x.shape, strict=False))
+        workspace = np.zeros(workspace_bytes(self.workspaces[entry], sizes), np.uint8)
         output = np.full(out_shape, np.nan, np.float32)
         arguments = [tvm.runtime.tensor(array) for array in (x, block, workspace, output)]
         function(*arguments)
@@ -133,6 +136,7 @@ def run_pipeline(
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         mod, workspaces = add_run_functions(mod, tensors)
+        mod = without_state(mod)
         executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")

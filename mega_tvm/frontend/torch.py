@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import tvm
+from torch.export import Dim
 from tvm import relax
 from tvm.relax.frontend.torch import exported_program_translator as translator
 
@@ -23,6 +24,7 @@ from reference.numpy_mega import LAYER_NORM_EPS
 
 from .. import relax_ops
 from ..errors import UnsupportedModelError
+from ..symbolic_entry import BATCH, SEQ_LEN
 
 
 def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule:
@@ -45,7 +47,49 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
     UnsupportedModelError
         If the module cannot be exported, or holds operators that cannot be imported.
     """
-    program = _export(module, shape)
+    return _to_relax(module, _export(module, shape))
+
+
+def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule:
+    """Export a module for any batch and length and import it.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        As for `import_module`.
+    shape : sequence of int
+        An input's shape, ``[batch, seq_len, width]``. ``torch.export`` finds out by it which of the
+        first two dimensions the module leaves open; it wants two different numbers above 1.
+
+    Returns
+    -------
+    tvm.IRModule
+        One Relax function ``main``, whose open dimensions are the variables ``batch`` and
+        ``seq_len``. There is at least one.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the module leaves none open, or cannot be exported or imported so.
+    """
+    program = _export(module, shape, ({0: Dim.AUTO, 1: Dim.AUTO},))
+    main = _to_relax(module, program)["main"]
+    found = main.params[0].ty.shape
+    if any(not isinstance(dim, tvm.tirx.IntImm | tvm.tirx.Var) for dim in found):
+        raise UnsupportedModelError(f"{type(module).__name__} takes inputs of shape {list(found)}")
+    names = {
+        dim: tvm.tirx.Var(name, "int64")
+        for dim, name in zip(found, (BATCH, SEQ_LEN), strict=False)
+        if isinstance(dim, tvm.tirx.Var)
+    }
+    if not names:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} works for batch {found[0]} and length {found[1]} alone"
+        )
+    return tvm.IRModule({"main": main.bind_symbolic_vars(names)})
+
+
+def _to_relax(module: torch.nn.Module, program: torch.export.ExportedProgram) -> tvm.IRModule:
     unsupported = unsupported_operators(program)
     if unsupported:
         raise UnsupportedModelError(
@@ -69,14 +113,18 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
     return mod
 
 
-def _export(module: torch.nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
+def _export(
+    module: torch.nn.Module, shape: Sequence[int], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
     was_training = {part: part.training for part in module.modules()}  # parts may be frozen
     module.eval()
     try:
         example = torch.zeros(tuple(shape), dtype=torch.float32)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
-            program = torch.export.export(module, (example,), strict=False).run_decompositions()
+            program = torch.export.export(
+                module, (example,), dynamic_shapes=dynamic_shapes, strict=False
+            ).run_decompositions()
             result = program.call_spec.out_spec
     except Exception as error:
         first_line = (

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
+from schedules.common.dims import Extent
 from schedules.common.lines import padded
 
 from .. import relax_ops
@@ -41,9 +42,9 @@ def carries_state(func: relax.Function) -> bool:
     return bool(func.attrs) and STATE_ATTR in func.attrs
 
 
-def mark(func: relax.Function, max_len: int) -> relax.Function:
-    """Mark a function for `carry_state`, with the frames that its caches hold."""
-    return func.with_attr(STATE_ATTR, max_len)
+def mark(func: relax.Function) -> relax.Function:
+    """Mark a function for `carry_state`."""
+    return func.with_attr(STATE_ATTR, True)
 
 
 def streaming_problem(func: relax.Function) -> str | None:
@@ -61,6 +62,16 @@ def streaming_problem(func: relax.Function) -> str | None:
     if timed.has_time(timed.graph.func.body.body):
         return "it returns more than the last timestep"
     return None
+
+
+def without_state(mod: tvm.IRModule) -> tvm.IRModule:
+    """Return a module without the functions that carry state: the Relax VM cannot update it."""
+    kept = {
+        gvar: func
+        for gvar, func in mod.functions_items()
+        if not (isinstance(func, relax.Function) and carries_state(func))
+    }
+    return tvm.IRModule(kept, attrs=mod.attrs)
 
 
 class _Timed:
@@ -115,7 +126,7 @@ def _extend(func: relax.Function) -> relax.Function:
         if problem := timed.add(var, value):
             raise UnsupportedModelError(f"the model cannot stream: {problem}")
     batch = shape_of(func.params[0])[0]
-    max_len = int(func.attrs[STATE_ATTR])
+    max_len = tirx.Var("max_len", "int64")
     lengths = relax.Var("lengths", relax.TensorType([batch], "int64"))
     state = {
         var: relax.Var(f"state_{index}", relax.TensorType(shape, "float32"))
@@ -137,8 +148,8 @@ def _extend(func: relax.Function) -> relax.Function:
 
 
 def _state_shapes(
-    timed: _Timed, batch: int, max_len: int
-) -> Iterator[tuple[relax.Var, tuple[int, ...]]]:
+    timed: _Timed, batch: Extent, max_len: Extent
+) -> Iterator[tuple[relax.Var, tuple[Extent, ...]]]:
     """Yield the results that need state, in order, and its shape."""
     for var, value in timed.graph.bindings:
         if is_op(value, "mega.ema_scan") and timed.has_time(value.args[0]):

@@ -34,7 +34,10 @@ def _rule() -> Rule:
             return None
         q, k, _, *gate = call.args
         y, w, b = value.args
-        if shape_of(q)[1] >= shape_of(k)[1] and not carries_state(site.graph.func):
+        queries, keys = shape_of(q)[1], shape_of(k)[1]
+        known = isinstance(queries, int) and isinstance(keys, int)
+        fewer = queries < keys if known else queries == 1
+        if not (fewer or carries_state(site.graph.func)):
             return None
         mixed = relax_ops.attention(
             [q, k, y],

@@ -3,10 +3,10 @@
 1. Weights are packed in panels (`PanelLayout`), at compile time.
 2. The grid is (row block, panel), split over threads; panels are innermost, so that a row block of
    ``x`` stays in L2 while the weights stream past it once a block.
-3. A register tile of up to ``tile_m`` rows by one panel accumulates over all of k: each k step loads
-   the panel's vectors once, and each of them meets the rows' broadcast elements of ``x``. One or two
-   rows take several panels at a time, so that enough independent accumulators hide the FMA's latency
-   (4 cycles, 1 to 2 a cycle); the panels are the same, whatever the number of rows.
+3. A register tile of up to ``tile_m`` rows by one panel accumulates over all of k: each k step
+   loads the panel's vectors once, and each of them meets the rows' broadcast elements of ``x``. One
+   or two rows take several panels at a time, so that enough independent accumulators hide the FMA's
+   latency (4 cycles, 1 to 2 a cycle); the panels are the same, whatever the number of rows.
 4. Meanwhile the next panel is prefetched into L2, a line a k step: a model's weights do not fit in
    L2 from one call to the next, and panels are too short for the hardware's streams to settle.
    Behind the last panel lies the next kernel's, since tensors lie in the order of their use.
@@ -257,7 +257,7 @@ def _kernel(
         elif isinstance(M, int):
             few_rows(*arguments, M) if few >= M else many_rows(*arguments)
         else:
-            with T.If(M == rows):
+            with T.If(rows == M):
                 with T.Then():
                     few_rows(*arguments, rows)
                 with T.Else():
