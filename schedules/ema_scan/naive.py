@@ -50,12 +50,13 @@ def ema_scan(spec: EmaScanSpec) -> tirx.PrimFunc:
 
     ``h_{-1}`` is the state, or 0 without one; the state becomes ``h_{T-1}``.
 
-    Shapes: ``p`` and ``h`` ``[B, T, D]``, ``decay`` ``[D]``, ``state`` ``[B, state_width]``. The gain ``1 - decay`` of the moving
-    average is not here: it is a scale of ``p``, which the compiler folds into the projection
-    before.
-    """
-    B, N, D = *dims.shape((spec.batch, spec.seq_len)), spec.channels
+    Shapes: ``p`` and ``h`` ``[B, T, D]``, ``decay`` ``[D]``, ``state`` ``[B, state_width]``.
 
+    The gain ``1 - decay`` of the moving average is not here: it is a scale of ``p``, which the
+    compiler folds into the projection before.
+    """
+    dims = DimVars()
+    B, N, D = *dims.shape((spec.batch, spec.seq_len)), spec.channels
     carried = spec.carried
 
     @T.inline
