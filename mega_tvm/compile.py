@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
     )
+    add(
+        "--no-stream",
+        action="store_true",
+        help="leave out the code of streams, which are fed frame by frame",
+    )
     add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
     add("--seed", type=int, default=0, metavar="N", help="seed of fresh weights (default: 0)")
     add(
@@ -138,6 +143,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             **{f"config.{name}": value for name, value in config.to_dict().items()},
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "streams": "left out" if arguments.no_stream else "if the model can",
             "dtype": arguments.dtype,
             "disabled passes": ", ".join(arguments.disable_pass) or "none",
             "output": output,
@@ -157,6 +163,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             batch=arguments.batch,
             seq_len=arguments.seq_len,
+            stream=not arguments.no_stream,
             dtype=arguments.dtype,
             output=output,
             options=options,

@@ -19,9 +19,11 @@ from .errors import CompileError
 from .frontend.torch import import_module
 from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
+from .stream_plan import NAME as STREAM
+from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
 from .symbolic_entry import FIXED
 from .targets import CpuTarget, machine_runs, resolve_target
-from .tolerances import compare
+from .tolerances import Parity, compare
 from .weights import Checkpoint
 
 DTYPES = ("float32",)
@@ -38,6 +40,7 @@ def compile_model(
     batch: int | Sequence[int] = 1,
     seq_len: int | Sequence[int] | None = None,
     input_shape: Sequence[int] | None = None,
+    stream: bool = True,
     dtype: str = "float32",
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
     options: Mapping[str, object] | None = None,
@@ -59,6 +62,9 @@ def compile_model(
         Shapes to compile for: every batch with every length. ``seq_len`` defaults to the config's.
     input_shape : sequence of int, optional
         For a module without a Mega inside, in place of ``batch`` and ``seq_len``.
+    stream : bool
+        Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
+        that mixes timesteps) are compiled without; the manifest says why.
     dtype : str
         Type of weights and arithmetic: ``float32``.
     output : path-like
@@ -92,8 +98,11 @@ def compile_model(
     shapes = _shapes(source, batch, seq_len, input_shape)
     on_phase("import")
     mod = _import(source.module, shapes)
+    streaming = StreamPlan(left_out=NOT_ASKED_FOR)
+    if stream:
+        streaming = plan_stream(source, next(iter(shapes.values())))
     compiled = run_pipeline(
-        mod,
+        tvm.IRModule({**mod.functions, **streaming.functions}),
         cpu_target,
         disabled_passes=disabled_passes,
         debug_dump=None if debug_dump is None else Path(debug_dump),
@@ -104,6 +113,13 @@ def compile_model(
         _entry(name, shape, mod) | {"workspace": compiled.workspaces[name][FIXED]}
         for name, shape in shapes.items()
     ]
+    width, output_shape = entries[0]["input"]["shape"][-1], entries[0]["output"]["shape"][1:]
+    stream_field = streaming.describe(compiled, width, output_shape)
+    parity = _parity(compiled, source, cpu_target, shapes, dtype)
+    if parity["checked"] and streaming.functions:
+        parity["entries"][STREAM] = _figures(
+            check_stream(compiled, stream_field, source.oracle(), dtype)
+        )
     manifest = {
         "target": {
             "name": cpu_target.name,
@@ -114,11 +130,12 @@ def compile_model(
         },
         "dtype": dtype,
         "entries": entries,
+        "stream": stream_field,
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
         "disabled_passes": sorted(disabled_passes),
-        "parity": _parity(compiled, source, cpu_target, shapes, dtype),
+        "parity": parity,
     }
     on_phase("link")
     return write_artifact(compiled.executable, manifest, output, compiled.tensors)
@@ -211,9 +228,13 @@ def _parity(
                 f"entry {name} differs from the float64 reference: {parity}. This is a bug of the "
                 "compiler; nothing was written"
             )
-        found["entries"][name] = {
-            "checked": True,
-            "max_abs": parity.max_abs,
-            "relative_rms": parity.relative_rms,
-        }
+        found["entries"][name] = _figures(parity)
     return found
+
+
+def _figures(parity: Parity) -> dict[str, Any]:
+    return {
+        "checked": True,
+        "max_abs": parity.max_abs,
+        "relative_rms": parity.relative_rms,
+    }

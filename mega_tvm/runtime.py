@@ -42,6 +42,7 @@ from mega_tvm.runtime_library import (
     load_module,
     runtime_library,
 )
+from mega_tvm.stream import Stream, make_stream
 from mega_tvm.tensor_memory import Tensors, load_tensors
 
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
@@ -205,6 +206,28 @@ class Model:
         """Run each entry once on zeros, so that the first real call finds code and pages ready."""
         for entry in self._entries:
             self(np.zeros(entry.input_shape, np.float32))
+
+    def stream(
+        self, batch: int = 1, *, max_len: int | None = None, on_full: str = "error"
+    ) -> Stream:
+        """Return a stream: the model fed frame by frame, its state kept. See `mega_tvm.stream`.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Rows that are fed together, each with a length of its own.
+        max_len : int, optional
+            Frames that a row may have; the longest compiled ``seq_len`` by default. It sets the
+            memory: about ``batch * max_len * hidden * num_layers * 4`` bytes.
+        on_full : {"error", "slide"}
+            At ``max_len`` frames a step is an error, or attention sees the last ``max_len`` ones.
+
+        Raises
+        ------
+        StreamUnsupportedError
+            If the model cannot stream.
+        """
+        return make_stream(self, batch, max_len, on_full)
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine that computes the same, kernel by kernel.

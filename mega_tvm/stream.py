@@ -23,8 +23,15 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from mega_tvm.errors import InputError, MegaError, StreamFullError
+from mega_tvm.errors import (
+    DamagedArtifactError,
+    InputError,
+    MegaError,
+    StreamFullError,
+    StreamUnsupportedError,
+)
 from mega_tvm.inputs import aligned_empty, as_array, dtype_message, non_finite
+from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 
 if TYPE_CHECKING:
     from mega_tvm.runtime import Model
@@ -53,15 +60,15 @@ class StreamEntry:
         A row's output.
     state : tuple of (str, int)
         Kind and width of each layer's states, in order: ``"ema"`` or ``"cache"``.
-    workspace : int
-        Bytes that a call needs for each row (stream times new frame).
+    workspace : mapping of str to int
+        Bytes that a call needs, see `mega_tvm.symbolic_entry`.
     """
 
     name: str
     input_width: int
     output_shape: tuple[int, ...]
     state: tuple[tuple[str, int], ...]
-    workspace: int
+    workspace: Mapping[str, int]
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> StreamEntry:
@@ -71,7 +78,7 @@ class StreamEntry:
             entry["input_width"],
             tuple(entry["output_shape"]),
             tuple((state["kind"], state["width"]) for state in entry["state"]),
-            entry["workspace_per_row"],
+            entry["workspace"],
         )
 
 
@@ -142,8 +149,9 @@ class Stream:
         self._caches = [s for s in self._states if s.ndim == 3]
         self._x = aligned_empty((batch * self._piece * entry.input_width,))
         self._y = aligned_empty((batch, *entry.output_shape))
-        workspace = aligned_empty((-(-batch * self._piece * entry.workspace // 4),))
-        self._workspace = _tensor(workspace.view(np.uint8))
+        size = workspace_bytes(entry.workspace, {BATCH: batch, SEQ_LEN: self._piece})
+        workspace = aligned_empty((-(-size // 4) + 1,)).view(np.uint8)
+        self._workspace = _tensor(workspace)
         self._step_x = self._x[: batch * entry.input_width].reshape(batch, -1)
         self._step_arguments = self._arguments(slice(0, batch), 1)
         self._longest = 0  # of the lengths, kept beside them for the quick check of a step
@@ -421,6 +429,24 @@ class Stream:
             f"max_len={self._max_len}; reset() rows whose sequence has ended, make the stream with "
             'a larger max_len, or with on_full="slide"'
         )
+
+
+def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> Stream:
+    """Make a stream, as `Model.stream` says."""
+    description = model.metadata.get("stream") or {"left_out": "it is of an older compiler"}
+    if reason := description.get("left_out"):
+        raise StreamUnsupportedError(f"this model cannot stream: {reason}")
+    entry = StreamEntry.from_manifest(description)
+    try:
+        run = model._module.get_function(f"{entry.name}__run", query_imports=True)
+    except AttributeError as error:
+        raise DamagedArtifactError(
+            f"the manifest names an entry {entry.name!r}, which the library does not hold; compile "
+            "the model again"
+        ) from error
+    if max_len is None:
+        max_len = max(e["seq_len"] for e in model.metadata["entries"])
+    return Stream(model, entry, run, batch, max_len, on_full)
 
 
 def _tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:

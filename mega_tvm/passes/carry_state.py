@@ -64,6 +64,18 @@ def streaming_problem(func: relax.Function) -> str | None:
     return None
 
 
+def states_of(mod: tvm.IRModule) -> dict[str, list[dict[str, Any]]]:
+    """Return kind (``ema`` or ``cache``) and width of the states, in order, by function."""
+    return {
+        gvar.name_hint: [
+            {"kind": "ema" if len(shape) == 2 else "cache", "width": shape[-1]}
+            for shape in map(shape_of, func.params[2:])
+        ]
+        for gvar, func in mod.functions_items()
+        if isinstance(func, relax.Function) and carries_state(func)
+    }
+
+
 def without_state(mod: tvm.IRModule) -> tvm.IRModule:
     """Return a module without the functions that carry state: the Relax VM cannot update it."""
     kept = {
