@@ -33,7 +33,7 @@ from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
 from .manifest_schema import ALIGNMENT, round_up
 from .passes.rewrite import Graph, variables
-from .relax_ops import dims_of, is_op, shape_of
+from .relax_ops import dims_of, extents, is_op, shape_of
 from .symbolic_entry import region_name
 
 RUN_SUFFIX = "__run"
@@ -134,7 +134,7 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 
 def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
-    shapes = [_extents(buffer.shape) for buffer in func.params]
+    shapes = [extents(buffer.shape) for buffer in func.params]
     named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
     variables = list(dict.fromkeys(named))
     pointers = [
@@ -155,10 +155,6 @@ def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
         tvm.ir.make_node("ir.DictAttrs", **attrs),
     )
     return _CFunction(plain, shapes)
-
-
-def _extents(shape: Iterable[tirx.PrimExpr]) -> tuple[Extent, ...]:
-    return tuple(int(extent) if isinstance(extent, tirx.IntImm) else extent for extent in shape)
 
 
 class _Workspace:
@@ -232,7 +228,8 @@ def _run_function(
                 )
             )
         elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            places[var] = ("tensors", ((), tensor_starts[int(value.args[2].value)]))
+            index, *byte = (int(arg.value) for arg in value.args[2:])
+            places[var] = ("tensors", ((), tensor_starts[index] + sum(byte)))
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)

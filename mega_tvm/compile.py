@@ -72,6 +72,25 @@ def _parser() -> argparse.ArgumentParser:
         help="batch sizes to compile for (default: 1)",
     )
     add(
+        "--no-symbolic",
+        action="store_true",
+        help="leave out the symbolic entry, which runs any other batch and length",
+    )
+    add(
+        "--max-batch",
+        type=int,
+        default=256,
+        metavar="N",
+        help="greatest batch of the symbolic entry (default: 256)",
+    )
+    add(
+        "--max-seq-len",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="greatest length of the symbolic entry (default: 4096)",
+    )
+    add(
         "--no-stream",
         action="store_true",
         help="leave out the code of streams, which are fed frame by frame",
@@ -143,6 +162,9 @@ def _compile(arguments: argparse.Namespace) -> int:
             **{f"config.{name}": value for name, value in config.to_dict().items()},
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "any other shape": "refused"
+            if arguments.no_symbolic
+            else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
             "streams": "left out" if arguments.no_stream else "if the model can",
             "dtype": arguments.dtype,
             "disabled passes": ", ".join(arguments.disable_pass) or "none",
@@ -163,6 +185,9 @@ def _compile(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             batch=arguments.batch,
             seq_len=arguments.seq_len,
+            symbolic=not arguments.no_symbolic,
+            max_batch=arguments.max_batch,
+            max_seq_len=arguments.max_seq_len,
             stream=not arguments.no_stream,
             dtype=arguments.dtype,
             output=output,

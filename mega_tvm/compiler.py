@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
 from .stream_plan import NAME as STREAM
 from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
+from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic, probe_shapes
 from .symbolic_entry import FIXED
 from .targets import CpuTarget, machine_runs, resolve_target
-from .tolerances import Parity, compare
+from .tolerances import compare
 from .weights import Checkpoint
 
 DTYPES = ("float32",)
@@ -40,6 +42,9 @@ def compile_model(
     batch: int | Sequence[int] = 1,
     seq_len: int | Sequence[int] | None = None,
     input_shape: Sequence[int] | None = None,
+    symbolic: bool = True,
+    max_batch: int = MAX_BATCH,
+    max_seq_len: int = MAX_SEQ_LEN,
     stream: bool = True,
     dtype: str = "float32",
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
@@ -62,6 +67,11 @@ def compile_model(
         Shapes to compile for: every batch with every length. ``seq_len`` defaults to the config's.
     input_shape : sequence of int, optional
         For a module without a Mega inside, in place of ``batch`` and ``seq_len``.
+    symbolic : bool
+        Whether any other batch and length runs too, through a symbolic entry. A module around a
+        Mega that does not leave them open gets none, with a warning that says why.
+    max_batch, max_seq_len : int
+        The greatest batch and length of the symbolic entry.
     stream : bool
         Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
         that mixes timesteps) are compiled without; the manifest says why.
@@ -98,28 +108,50 @@ def compile_model(
     shapes = _shapes(source, batch, seq_len, input_shape)
     on_phase("import")
     mod = _import(source.module, shapes)
-    streaming = StreamPlan(left_out=NOT_ASKED_FOR)
+    plan, streaming = SymbolicPlan(), StreamPlan(left_out=NOT_ASKED_FOR)
+    if symbolic:
+        plan = plan_symbolic(source, shapes.values(), max_batch, max_seq_len)
     if stream:
-        streaming = plan_stream(source, next(iter(shapes.values())))
-    compiled = run_pipeline(
-        tvm.IRModule({**mod.functions, **streaming.functions}),
-        cpu_target,
-        disabled_passes=disabled_passes,
-        debug_dump=None if debug_dump is None else Path(debug_dump),
-        on_phase=on_phase,
-    )
+        streaming = plan_stream(source, next(iter(shapes.values())), plan)
+
+    def compile_with(plan: SymbolicPlan, streaming: StreamPlan) -> Compiled:
+        return run_pipeline(
+            tvm.IRModule({**mod.functions, **plan.functions, **streaming.functions}),
+            cpu_target,
+            disabled_passes=disabled_passes,
+            debug_dump=None if debug_dump is None else Path(debug_dump),
+            on_phase=on_phase,
+        )
+
+    try:
+        compiled = compile_with(plan, streaming)
+    except Exception as error:
+        # Operators around a Mega may want sizes that are known; if it is another fault, the
+        # compile without the symbolic entries tells it.
+        if not (plan.functions or streaming.functions) or source.checkpoint is not None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        plan, streaming = SymbolicPlan(left_out=reason), StreamPlan(left_out=reason)
+        compiled = compile_with(plan, streaming)
+    if plan.left_out is not None and len(next(iter(shapes.values()))) == 3:
+        warnings.warn(
+            f"no symbolic entry, only the given shapes will run: {plan.left_out}", stacklevel=2
+        )
     on_phase("parity")
     entries = [
         _entry(name, shape, mod) | {"workspace": compiled.workspaces[name][FIXED]}
         for name, shape in shapes.items()
     ]
+    symbolic_entries = plan.entries(compiled.workspaces)
+    checks = {name: [shape] for name, shape in shapes.items()}
+    checks |= {entry.name: probe_shapes(entry) for entry in symbolic_entries}
     width, output_shape = entries[0]["input"]["shape"][-1], entries[0]["output"]["shape"][1:]
     stream_field = streaming.describe(compiled, width, output_shape)
-    parity = _parity(compiled, source, cpu_target, shapes, dtype)
+    parity = _parity(compiled, source, cpu_target, checks, dtype)
     if parity["checked"] and streaming.functions:
-        parity["entries"][STREAM] = _figures(
-            check_stream(compiled, stream_field, source.oracle(), dtype)
-        )
+        found = check_stream(compiled, stream_field, source.oracle(), dtype)
+        figures = {"max_abs": found.max_abs, "relative_rms": found.relative_rms}
+        parity["entries"][STREAM] = {"checked": True, **figures}
     manifest = {
         "target": {
             "name": cpu_target.name,
@@ -130,6 +162,7 @@ def compile_model(
         },
         "dtype": dtype,
         "entries": entries,
+        "symbolic_entries": [entry.describe() for entry in symbolic_entries],
         "stream": stream_field,
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
@@ -201,7 +234,7 @@ def _parity(
     compiled: Compiled,
     source: ModelSource,
     target: CpuTarget,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Sequence[tuple[int, ...]]],
     dtype: str,
 ) -> dict[str, Any]:
     """Run the compiled code against the float64 reference, before anything is written.
@@ -216,25 +249,21 @@ def _parity(
     oracle = source.oracle()
     layers = source.config.num_layers if source.config else 1
     found: dict[str, Any] = {"checked": True, "entries": {}}
-    for name, shape in shapes.items():
-        if layers * shape[0] * (shape[1] if len(shape) == 3 else 1) ** 2 > _PARITY_PAIRS:
-            found["entries"][name] = {"checked": False, "reason": "long; run mega_tvm.verify"}
-            continue
-        x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        expected = oracle(x)
-        parity = compare(compiled.run(name, x, expected.shape), expected, dtype)
-        if not parity.ok:
-            raise CompileError(
-                f"entry {name} differs from the float64 reference: {parity}. This is a bug of the "
-                "compiler; nothing was written"
-            )
-        found["entries"][name] = _figures(parity)
+    for name, several in shapes.items():
+        entry = {"checked": True, "max_abs": 0.0, "relative_rms": 0.0}
+        for shape in several:
+            if layers * shape[0] * (shape[1] if len(shape) == 3 else 1) ** 2 > _PARITY_PAIRS:
+                entry = {"checked": False, "reason": "long; run mega_tvm.verify"}
+                break
+            x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+            expected = oracle(x)
+            parity = compare(compiled.run(name, x, expected.shape), expected, dtype)
+            if not parity.ok:
+                raise CompileError(
+                    f"entry {name} differs from the float64 reference at input shape "
+                    f"{list(shape)}: {parity}. This is a bug of the compiler; nothing was written"
+                )
+            entry["max_abs"] = max(entry["max_abs"], parity.max_abs)
+            entry["relative_rms"] = max(entry["relative_rms"], parity.relative_rms)
+        found["entries"][name] = entry
     return found
-
-
-def _figures(parity: Parity) -> dict[str, Any]:
-    return {
-        "checked": True,
-        "max_abs": parity.max_abs,
-        "relative_rms": parity.relative_rms,
-    }

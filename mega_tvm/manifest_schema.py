@@ -132,6 +132,23 @@ _STREAM = Field(
         "workspace": Field(dict),
     },
 )
+_SYMBOLIC_ARRAY = Field(
+    dict,
+    fields={
+        "shape": Field(list, items=Field(int, str, pattern="[a-z_]+")),
+        "dtype": Field(str, pattern="float32"),
+    },
+)
+_SYMBOLIC_ENTRY = Field(
+    dict,
+    fields={
+        "name": Field(str, pattern=r".+"),
+        "input": _SYMBOLIC_ARRAY,
+        "output": _SYMBOLIC_ARRAY,
+        "limits": Field(dict),
+        "workspace": Field(dict),
+    },
+)
 _TENSOR = Field(
     dict,
     fields={
@@ -193,6 +210,8 @@ def manifest_problem(manifest: object) -> str | None:
         return "entries must not be empty"
     if wrong := _stream_problem(manifest.get("stream")):
         return wrong
+    if wrong := _symbolic_problem(manifest.get("symbolic_entries", [])):
+        return wrong
     shapes = [tuple(entry["input"]["shape"]) for entry in entries]
     if twice := [shape for shape in shapes if shapes.count(shape) > 1]:
         return f"entries must have different input shapes, found {twice[0]} twice"
@@ -214,6 +233,31 @@ def _stream_problem(stream: object) -> str | None:
             return f"{where} is no product of batch and seq_len"
         if wrong := Field(int, least=0).problem(size, where):
             return wrong
+    return None
+
+
+def _symbolic_problem(entries: object) -> str | None:
+    """Return what is wrong with the symbolic entries, which older files do not have."""
+    if wrong := Field(list, items=_SYMBOLIC_ENTRY).problem(entries, "symbolic_entries"):
+        return wrong
+    assert isinstance(entries, list)
+    for i, entry in enumerate(entries):
+        where = f"symbolic_entries[{i}]"
+        dims = [*entry["input"]["shape"], *entry["output"]["shape"]]
+        for name in {dim for dim in dims if isinstance(dim, str)}:
+            if name not in entry["input"]["shape"]:
+                return f"{where}.output has a dimension {name}, which its input lacks"
+            field = f"{where}.limits.{name}"
+            limits = entry["limits"].get(name)
+            if wrong := Field(list, items=Field(int)).problem(limits, field):
+                return wrong
+            if len(limits) != 2 or limits[0] > limits[1]:
+                return f"{field} must be the least and the greatest value, found {limits}"
+        for region, size in entry["workspace"].items():
+            if region != "fixed" and not set(region.split("*")) <= set(entry["limits"]):
+                return f"{where}.workspace names a region {region}, which is none of limits"
+            if wrong := Field(int).problem(size, f"{where}.workspace.{region}"):
+                return wrong
     return None
 
 

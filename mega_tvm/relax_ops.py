@@ -1,8 +1,9 @@
 """Mega's own Relax operators, registered from Python.
 
 The graph phase works on these: ``R.mega.dense``, ``R.mega.layer_norm``, ``R.mega.ema_scan``,
-``R.mega.attention``, ``R.mega.cached_attention`` and ``R.mega.last_timestep``. Each infers its type, and legalizes to the naive
-PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the whole of the kernel phase.
+``R.mega.attention``, ``R.mega.cached_attention`` and ``R.mega.last_timestep``. Each infers its type,
+and legalizes to the naive PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the whole of
+the kernel phase.
 
 Weights are constants, float64 until the graph phase has folded all that it folds.
 """
@@ -38,7 +39,12 @@ Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 def shape_of(expr: relax.Expr) -> Shape:
     """Return the shape of a tensor expression: numbers, and expressions where it is symbolic."""
-    return tuple(int(dim) if isinstance(dim, tvm.tirx.IntImm) else dim for dim in expr.ty.shape)
+    return extents(expr.ty.shape)
+
+
+def extents(shape: Iterable[Extent]) -> Shape:
+    """Return a shape with its constants as Python's numbers."""
+    return tuple(int(dim) if isinstance(dim, tvm.tirx.IntImm) else dim for dim in shape)
 
 
 def dims_of(shape: Iterable[Extent]) -> tuple[Dim, ...]:
@@ -50,7 +56,7 @@ def dims_of(shape: Iterable[Extent]) -> tuple[Dim, ...]:
         If a dimension is symbolic, but no variable alone.
     """
     dims: list[Dim] = []
-    for extent in shape:
+    for extent in extents(shape):
         if not isinstance(extent, int | tvm.tirx.Var):
             raise UnsupportedModelError(
                 f"a tensor of the model has the symbolic dimension {extent}; symbolic entries "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import threading
@@ -43,6 +44,7 @@ from mega_tvm.runtime_library import (
     runtime_library,
 )
 from mega_tvm.stream import Stream, make_stream
+from mega_tvm.symbolic_entry import SymbolicEntry
 from mega_tvm.tensor_memory import Tensors, load_tensors
 
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
@@ -69,18 +71,51 @@ class Entry:
     workspace: int
 
 
+def _workspace(size: int) -> Any:
+    memory = aligned_empty((-(-size // 4),)).view(np.uint8)
+    return tvm_ffi.from_dlpack(memory, require_alignment=ALIGNMENT)
+
+
 class _Scratch:
     """One thread's memory for one entry: a workspace, and an input for arrays to copy into."""
 
     def __init__(self, entry: Entry) -> None:
-        workspace = aligned_empty((-(-entry.workspace // 4),)).view(np.uint8)
-        self.workspace = tvm_ffi.from_dlpack(workspace, require_alignment=ALIGNMENT)
+        self.workspace = _workspace(entry.workspace)
         self._shape = entry.input_shape
 
     @functools.cached_property
     def x(self) -> npt.NDArray[np.float32]:
         """The input."""
         return aligned_empty(self._shape)
+
+
+class _SymbolicScratch:
+    """One thread's memory for all shapes of a symbolic entry.
+
+    It only grows, by half at least, so that it is never more than half as large again as the
+    largest shape that the thread has run needs.
+    """
+
+    def __init__(self) -> None:
+        self._workspace_bytes = self._x_items = 0
+
+    def fit(self, entry: Entry) -> _SymbolicScratch:
+        """Make room for a shape."""
+        if entry.workspace > self._workspace_bytes:
+            self.workspace = None  # before its successor is there: only one at a time
+            self._workspace_bytes = max(entry.workspace, self._workspace_bytes * 3 // 2)
+            self.workspace = _workspace(self._workspace_bytes)
+        self._shape = entry.input_shape
+        return self
+
+    @property
+    def x(self) -> npt.NDArray[np.float32]:
+        """An input."""
+        items = math.prod(self._shape)
+        if items > self._x_items:
+            self._x_items = max(items, self._x_items * 3 // 2)
+            self._x = aligned_empty((self._x_items,))
+        return self._x[:items].reshape(self._shape)
 
 
 class Model:
@@ -123,7 +158,10 @@ class Model:
             for e in manifest["entries"]
         )
         self._by_shape = {entry.input_shape: entry for entry in self._entries}
-        self._functions = {entry.name: self._function(entry) for entry in self._entries}
+        symbolic = manifest.get("symbolic_entries", [])
+        self._symbolic_entries = tuple(map(SymbolicEntry.of, symbolic))
+        names = [entry.name for entry in (*self._entries, *self._symbolic_entries)]
+        self._functions = {name: self._function(name) for name in names}
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -136,6 +174,29 @@ class Model:
         return self._entries
 
     @property
+    def symbolic_entries(self) -> tuple[SymbolicEntry, ...]:
+        """What runs batches and lengths that no entry of `entries` has; may be empty."""
+        return self._symbolic_entries
+
+    def entry_at(self, shape: tuple[int, ...]) -> Entry:
+        """Return what runs an input of some shape: an entry of it alone, else a symbolic one's.
+
+        Raises
+        ------
+        InputError
+            If none does; the message lists what there is.
+        """
+        entry = self._by_shape.get(shape)
+        if entry is not None:
+            return entry
+        for symbolic in self._symbolic_entries:
+            sizes = symbolic.sizes(shape)
+            if sizes is not None:
+                output, workspace = symbolic.output_at(sizes), symbolic.workspace_at(sizes)
+                return Entry(symbolic.name, shape, output, workspace)
+        raise InputError(self._shape_message(shape))
+
+    @property
     def num_threads(self) -> int:
         """How many threads a call uses, the caller's included."""
         return self._num_threads
@@ -146,7 +207,7 @@ class Model:
         return self._tensors.views
 
     def __repr__(self) -> str:
-        shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
+        shapes = ", ".join(self._shapes())
         return f"<mega_tvm.Model {str(self._path)!r}: {shapes}, num_threads={self._num_threads}>"
 
     def __call__(self, x: Any, *, check_finite: bool = False) -> npt.NDArray[np.float32]:
@@ -155,9 +216,10 @@ class Model:
         Parameters
         ----------
         x : array
-            float32, of one of the shapes in `entries`: a NumPy array, or anything on the CPU that
-            exports DLPack. It is read in place if it is C-contiguous, writable and aligned to 64
-            bytes, and copied otherwise.
+            float32, of one of the shapes in `entries`, or within the limits of one of
+            `symbolic_entries`: a NumPy array, or anything on the CPU that exports DLPack. It is
+            read in place if it is C-contiguous, writable and aligned to 64 bytes, and copied
+            otherwise.
         check_finite : bool, default False
             Refuse NaN and infinity, which propagate to the output otherwise.
 
@@ -172,9 +234,7 @@ class Model:
             If ``x`` has another shape or dtype, or is not an array on the CPU.
         """
         array = as_array(x)
-        entry = self._by_shape.get(array.shape)
-        if entry is None:
-            raise InputError(self._shape_message(array.shape))
+        entry = self._by_shape.get(array.shape) or self.entry_at(array.shape)
         if array.dtype != np.float32:  # '>f4' differs too
             raise InputError(dtype_message(array.dtype))
         if check_finite and not np.isfinite(array).all():
@@ -203,9 +263,18 @@ class Model:
         return output
 
     def warmup(self) -> None:
-        """Run each entry once on zeros, so that the first real call finds code and pages ready."""
-        for entry in self._entries:
-            self(np.zeros(entry.input_shape, np.float32))
+        """Run each entry once on zeros, so that the first real call finds code and pages ready.
+
+        A symbolic entry runs at its least shape.
+        """
+        least = (
+            tuple(
+                entry.limits[dim][0] if isinstance(dim, str) else dim for dim in entry.input_shape
+            )
+            for entry in self._symbolic_entries
+        )
+        for shape in (*self._by_shape, *least):
+            self(np.zeros(shape, np.float32))
 
     def stream(
         self, batch: int = 1, *, max_len: int | None = None, on_full: str = "error"
@@ -258,33 +327,54 @@ class Model:
         tensors = (self.tensors,) if len(self.tensors) else ()
         return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *tensors)
 
-    def _function(self, entry: Entry) -> Any:
+    def _function(self, name: str) -> Any:
         try:
-            return self._module.get_function(f"{entry.name}__run", query_imports=True)
+            return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:
             raise DamagedArtifactError(
-                f"{self._path}: the manifest names an entry {entry.name!r}, which the library "
+                f"{self._path}: the manifest names an entry {name!r}, which the library "
                 "does not hold; compile the model again"
             ) from error
 
-    def _scratch(self, entry: Entry) -> _Scratch:
-        """Return the calling thread's memory for an entry."""
-        scratches: dict[str, _Scratch] | None = getattr(self._local, "scratches", None)
+    def _scratch(self, entry: Entry) -> _Scratch | _SymbolicScratch:
+        """Return the calling thread's memory for an entry.
+
+        Raises
+        ------
+        MegaError
+            If there is not enough.
+        """
+        scratches: dict[str, _Scratch | _SymbolicScratch] | None
+        scratches = getattr(self._local, "scratches", None)
         if scratches is None:
             scratches = self._local.scratches = {}
         scratch = scratches.get(entry.name)
-        if scratch is None:
-            scratch = scratches[entry.name] = _Scratch(entry)
+        try:
+            if scratch is None:
+                known = entry.input_shape in self._by_shape
+                scratch = scratches[entry.name] = _Scratch(entry) if known else _SymbolicScratch()
+            if type(scratch) is _SymbolicScratch:
+                scratch.fit(entry)
+        except MemoryError as error:
+            scratches.pop(entry.name, None)
+            raise MegaError(
+                f"an input of shape {list(entry.input_shape)} needs {entry.workspace:,} bytes of "
+                "workspace, which this process cannot have; split the batch"
+            ) from error
         return scratch
 
     def _shape_message(self, found: tuple[int, ...]) -> str:
+        return (
+            f"expected an array of shape {' or '.join(self._shapes())}, found {list(found)}; "
+            "reshape it, or compile the model for this batch and length"
+        )
+
+    def _shapes(self) -> list[str]:
+        """Return what shapes run, for people."""
         shapes = [str(list(shape)) for shape in self._by_shape]
         if len(shapes) > _SHAPES_IN_MESSAGES:
             shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
-        return (
-            f"expected an array of shape {' or '.join(shapes)}, found {list(found)}; reshape it, "
-            "or compile the model for this batch and length"
-        )
+        return shapes + [str(entry) for entry in self._symbolic_entries]
 
 
 def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:

@@ -137,7 +137,9 @@ class Stream:
         self._batch = _positive("batch", batch)
         self._max_len = _positive("max_len", max_len)
         if on_full not in ON_FULL:
-            raise ValueError(f"on_full must be {' or '.join(map(repr, ON_FULL))}, found {on_full!r}")
+            raise ValueError(
+                f"on_full must be {' or '.join(map(repr, ON_FULL))}, found {on_full!r}"
+            )
         self._slides = on_full == "slide"
         self._piece = max(1, PREFILL_ROWS // batch)  # frames
         self._lengths = aligned_empty((batch * 2,)).view(np.int64)
@@ -418,9 +420,7 @@ class Stream:
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
             raise InputError(f"expected rows to be a list of integers, found {rows!r}")
         if ((chosen < 0) | (chosen >= self._batch)).any():
-            raise InputError(
-                f"expected rows from 0 to {self._batch - 1}, found {chosen.tolist()}"
-            )
+            raise InputError(f"expected rows from 0 to {self._batch - 1}, found {chosen.tolist()}")
         return chosen.astype(np.intp)
 
     def _full_message(self, n: int) -> str:

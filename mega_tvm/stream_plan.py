@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax
+from tvm.relax.utils import copy_with_new_vars
 
 from .aot import RUN_SUFFIX, tensor_block
 from .errors import CompileError, UnsupportedModelError
@@ -21,6 +22,7 @@ from .model_source import ModelSource
 from .passes.canonicalize import canonicalize
 from .passes.carry_state import mark, streaming_problem
 from .pipeline import Compiled
+from .symbolic import SymbolicPlan, example_shape
 from .symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 from .tolerances import Parity, compare
 
@@ -72,7 +74,7 @@ class StreamPlan:
         }
 
 
-def plan_stream(source: ModelSource, shape: Sequence[int]) -> StreamPlan:
+def plan_stream(source: ModelSource, shape: Sequence[int], symbolic: SymbolicPlan) -> StreamPlan:
     """Return the streaming entry of a model, or why it has none.
 
     Parameters
@@ -80,18 +82,25 @@ def plan_stream(source: ModelSource, shape: Sequence[int]) -> StreamPlan:
     source : ModelSource
     shape : sequence of int
         An input shape that the model takes.
+    symbolic : SymbolicPlan
+        Its import for any batch and length is used where it has one.
     """
     if len(shape) != 3:
         return StreamPlan(left_out=f"inputs of shape {list(shape)} have no timesteps")
     try:
-        # Two different numbers above 1, since the exporter takes a 1, or equal numbers, for constant.
-        mod = canonicalize(import_symbolic(source.module, (2, 5, shape[2])))
+        mod, limits = symbolic.mod, dict(symbolic.limits)
+        if mod is None:
+            mod, limits = import_symbolic(source.module, example_shape(shape))
+        mod = canonicalize(mod)
     except UnsupportedModelError as error:
         return StreamPlan(left_out=str(error))
-    function = mod["main"].with_attr("global_symbol", NAME)
+    # With variables of its own: another entry may come from the same import.
+    function = copy_with_new_vars(mod["main"]).with_attr("global_symbol", NAME)
     names = list(map(str, function.params[0].ty.shape))[:2]
     if names != [BATCH, SEQ_LEN]:
         return StreamPlan(left_out=f"it takes no other batch or length than {names}")
+    if limits[SEQ_LEN][0] > 1:
+        return StreamPlan(left_out=f"it needs {limits[SEQ_LEN][0]} timesteps at least")
     if problem := streaming_problem(function):
         return StreamPlan(left_out=problem)
     return StreamPlan(mark(function))

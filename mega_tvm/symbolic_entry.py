@@ -76,6 +76,16 @@ class SymbolicEntry:
             description["workspace"],
         )
 
+    def describe(self) -> dict[str, Any]:
+        """Return the description that the manifest holds."""
+        return {
+            "name": self.name,
+            "input": {"shape": list(self.input_shape), "dtype": "float32"},
+            "output": {"shape": list(self.output_shape), "dtype": "float32"},
+            "limits": {name: list(limits) for name, limits in self.limits.items()},
+            "workspace": dict(self.workspace),
+        }
+
     def sizes(self, shape: Sequence[int]) -> dict[str, int] | None:
         """Return the values that an input's shape gives to the names; None if it does not fit."""
         if len(shape) != len(self.input_shape):

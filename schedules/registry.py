@@ -9,10 +9,10 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.target import Target
 
+from .cached_attention import cpu as cached_attention_cpu
 from .common.kernel import ScheduledKernel
 from .common.script_parsing import quick_parser_lookup
 from .common.spec import OP_ATTR
-from .cached_attention import cpu as cached_attention_cpu
 from .dense import cpu as dense_cpu
 from .ema_scan import cpu as ema_scan_cpu
 from .gated_attention import cpu as gated_attention_cpu

@@ -50,7 +50,11 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
     return _to_relax(module, _export(module, shape))
 
 
-def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule:
+_NO_LIMIT = 2**31
+Ranges = dict[str, tuple[int, int | None]]
+
+
+def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tuple[tvm.IRModule, Ranges]:
     """Export a module for any batch and length and import it.
 
     Parameters
@@ -66,6 +70,8 @@ def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModu
     tvm.IRModule
         One Relax function ``main``, whose open dimensions are the variables ``batch`` and
         ``seq_len``. There is at least one.
+    dict of str to (int, int or None)
+        The least and the greatest value that the module allows for each.
 
     Raises
     ------
@@ -77,16 +83,30 @@ def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModu
     found = main.params[0].ty.shape
     if any(not isinstance(dim, tvm.tirx.IntImm | tvm.tirx.Var) for dim in found):
         raise UnsupportedModelError(f"{type(module).__name__} takes inputs of shape {list(found)}")
-    names = {
-        dim: tvm.tirx.Var(name, "int64")
-        for dim, name in zip(found, (BATCH, SEQ_LEN), strict=False)
-        if isinstance(dim, tvm.tirx.Var)
-    }
+    names, ranges = {}, {}
+    for dim, symbol, name in zip(found, _input_shape(program), (BATCH, SEQ_LEN), strict=False):
+        if isinstance(dim, tvm.tirx.Var):
+            names[dim] = tvm.tirx.Var(name, "int64")
+            ranges[name] = _range(program, symbol)
     if not names:
         raise UnsupportedModelError(
             f"{type(module).__name__} works for batch {found[0]} and length {found[1]} alone"
         )
-    return tvm.IRModule({"main": main.bind_symbolic_vars(names)})
+    return tvm.IRModule({"main": main.bind_symbolic_vars(names)}), ranges
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> torch.Size:
+    (name,) = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name == name)
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def _range(program: torch.export.ExportedProgram, dim: Any) -> tuple[int, int | None]:
+    found = program.range_constraints[dim.node.expr]
+    # The exporter starts from "2 or more", since a size of 1 may be meant to broadcast.
+    least = 1 if found.lower == 2 else int(found.lower)
+    return least, None if found.upper > _NO_LIMIT else int(found.upper)
 
 
 def _to_relax(module: torch.nn.Module, program: torch.export.ExportedProgram) -> tvm.IRModule:

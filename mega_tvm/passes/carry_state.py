@@ -1,12 +1,13 @@
 """Turn a function over whole sequences into one that goes on from a state.
 
-``f(x [B, T, E])`` becomes ``f(x [B, C, E], lengths [B], state...)``: C new frames of each of B streams
-whose earlier ones, ``lengths[b]`` of them, are known by the state alone.
+``f(x [B, T, E])`` becomes ``f(x [B, C, E], lengths [B], state...)``: C new frames of each of B
+streams whose earlier ones, ``lengths[b]`` of them, are known by the state alone.
 
 - ``ema_scan(p, decay)`` goes on from a state ``[B, D]``, D padded to whole cache lines.
-- ``attention(q, k, v)`` attends to a cache ``[B, max_len, width]`` of the keys and values so far, to
-  which it first appends the new ones. Where ``merge_query_key`` and ``reassociate_values`` have made
-  keys and values the same rows, a cache row is that row; else the key, then the value; each padded.
+- ``attention(q, k, v)`` attends to a cache ``[B, max_len, width]`` of the keys and values so far,
+  to which it first appends the new ones. Where ``merge_query_key`` and ``reassociate_values`` have
+  made keys and values the same rows, a cache row is that row; else the key, then the value; each
+  padded.
 - All else treats rows alone, and stays.
 
 The kernels update the state in place. A softmax attention is causal and a moving average runs

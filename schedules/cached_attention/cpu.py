@@ -51,9 +51,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     return ScheduledKernel(_kernel(spec, vector_unit(target), chosen["tile_q"], chosen["tile_k"]))
 
 
-def _kernel(
-    spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: int
-) -> tirx.PrimFunc:
+def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: int) -> tirx.PrimFunc:
     dims = DimVars()
     B, C, Q, N = dims.shape(spec.sizes)
     W, V, v_off, shared = spec.width, spec.value_width, spec.value_offset, spec.shared

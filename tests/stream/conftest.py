@@ -39,7 +39,11 @@ def subject(tmp_path_factory) -> Subject:
     module = random_mega()
     assert isinstance(module.config, MegaConfig)
     path = compile_model(
-        module, batch=1, seq_len=[7, T], output=tmp_path_factory.mktemp("stream") / "small.so"
+        module,
+        batch=1,
+        seq_len=[7, T],
+        symbolic=False,
+        output=tmp_path_factory.mktemp("stream") / "small.so",
     )
     width = module.config.embed_dim
     x = np.random.default_rng(0).standard_normal((2, T, width), dtype=np.float32)

@@ -111,7 +111,7 @@ def test_reorder(subject) -> None:
 def test_full_is_an_error_that_changes_nothing(subject) -> None:
     stream = subject.model.stream(batch=2, max_len=9)
     stream.prefill(subject.x[:, :5])
-    with pytest.raises(StreamFullError, match="5 more frame.*5 of max_len=9.*reset"):
+    with pytest.raises(StreamFullError, match=r"5 more frame.*5 of max_len=9.*reset"):
         stream.prefill(subject.x[:, 5:10])
     for t in range(5, 9):
         assert_parity(stream.step(subject.x[:, t]), subject.expected[:, t])
