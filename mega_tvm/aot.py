@@ -103,6 +103,7 @@ def add_run_functions(
             kernel = _as_c_function(func)
             name = f"{gvar.name_hint}__c"
             plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
+            builder.update_func(gvar, _packed_form(func, *plain[gvar.name_hint]))
     offsets = list(tensor_offsets(tensors))
     workspaces = {}
     for gvar, func in mod.functions_items():
@@ -155,6 +156,19 @@ def _as_c_function(func: tirx.PrimFunc) -> _CFunction:
         tvm.ir.make_node("ir.DictAttrs", **attrs),
     )
     return _CFunction(plain, shapes)
+
+
+def _packed_form(func: tirx.PrimFunc, function: GlobalVar, kernel: _CFunction) -> tirx.PrimFunc:
+    """Return a kernel for the VM, which calls the one on addresses: the code is there once."""
+    variables = kernel.func.params[len(kernel.shapes) :]
+    call = Call(function, [*(buffer.data for buffer in func.params), *variables], ret_ty="int32")
+    error, message = map(tvm.ir.StringImm, ("RuntimeError", "a kernel failed: out of memory"))
+    return tirx.PrimFunc(
+        func.params,
+        tirx.AssertStmt(call == 0, error, [message]),  # TVM 0.27 names the first two the other way
+        None,
+        tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
+    )
 
 
 class _Workspace:

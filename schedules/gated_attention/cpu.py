@@ -34,18 +34,17 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     spec = GatedAttentionSpec.of(func)
     lanes = vector_unit(target).lanes
     if spec.q_len == 1:
-        return ScheduledKernel(row_attention(spec, lanes, softmax(spec, lanes, 1)))
+        return ScheduledKernel(row_attention(spec, lanes, softmax(spec, lanes)))
     blocking = read_blocking(decisions.read(func), lanes)
-    scoring = softmax(spec, lanes, blocking.panel_vectors)
-    return ScheduledKernel(blocked_attention(spec, blocking, scoring))
+    return ScheduledKernel(blocked_attention(spec, blocking, softmax(spec, lanes)))
 
 
-def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
-    """Return softmax scoring for panels of ``vectors`` vectors of ``L`` lanes."""
+def softmax(spec: GatedAttentionSpec, L: int) -> Scoring:
+    """Return softmax scoring for vectors of ``L`` lanes."""
     scale = spec.scale
 
     def weight(score: tirx.PrimExpr, peak: tirx.PrimExpr) -> tirx.PrimExpr:
-        return exp((score - peak) * T.float32(scale))
+        return exp(score - peak, scale)
 
     @T.inline
     def start(peak, total, r):
@@ -53,12 +52,12 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
         total[r] = T.float32(0)
 
     @T.inline
-    def weigh(s, peak, total, rescale, r, i, first, limit):
+    def weigh(s, peak, total, rescale, r, i, first, limit, vectors):
         part = T.alloc_buffer((1, L), "float32", scope="local")
         highest = T.alloc_buffer((1,), "float32", scope="local")
         for lane in T.vectorized(L):
             part[0, lane] = T.min_value("float32")
-        for j in T.unroll(vectors):
+        for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 part[0, lane] = T.max(
                     part[0, lane],
@@ -68,11 +67,11 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
                 )
         fold_max(part, 0, L)
         highest[0] = T.max(peak[r], part[0, 0])
-        rescale[0] = weight(peak[r], highest[0])
+        rescale[i] = weight(peak[r], highest[0])
         peak[r] = highest[0]
         for lane in T.vectorized(L):
             part[0, lane] = T.float32(0)
-        for j in T.unroll(vectors):
+        for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 s[i, j * L + lane] = T.Select(
                     first + j * L + lane < limit,
@@ -82,7 +81,7 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
             for lane in T.vectorized(L):
                 part[0, lane] = part[0, lane] + s[i, j * L + lane]
         fold_sum(part, 0, L)
-        total[r] = total[r] * rescale[0] + part[0, 0]
+        total[r] = total[r] * rescale[i] + part[0, 0]
 
     return Scoring(
         accumulate=lambda acc, q, k: acc + q * k,
