@@ -1,9 +1,9 @@
 """Mega's own Relax operators, registered from Python.
 
 The graph phase works on these: ``R.mega.dense``, ``R.mega.layer_norm``, ``R.mega.ema_scan``,
-``R.mega.attention``, ``R.mega.cached_attention`` and ``R.mega.last_timestep``. Each infers its type,
-and legalizes to the naive PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the whole of
-the kernel phase.
+``R.mega.attention``, ``R.mega.cached_attention`` and ``R.mega.last_timestep``. Each infers its
+type, and legalizes to the naive PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the
+whole of the kernel phase.
 
 Weights are constants, float64 until the graph phase has folded all that it folds.
 """

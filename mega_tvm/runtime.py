@@ -46,6 +46,7 @@ from mega_tvm.runtime_library import (
 from mega_tvm.stream import Stream, make_stream
 from mega_tvm.symbolic_entry import SymbolicEntry
 from mega_tvm.tensor_memory import Tensors, load_tensors
+from mega_tvm.window import Window, make_window
 
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
@@ -297,6 +298,23 @@ class Model:
             If the model cannot stream.
         """
         return make_stream(self, batch, max_len, on_full)
+
+    def window(self, batch: int = 1, *, seq_len: int | None = None) -> Window:
+        """Return a window: the model run on the last frames, at each frame. See `mega_tvm.window`.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Rows whose frames come together.
+        seq_len : int, optional
+            Frames of the window; those of the first compiled shape by default.
+
+        Raises
+        ------
+        InputError
+            If the model does not run that shape.
+        """
+        return make_window(self, batch, seq_len)
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine that computes the same, kernel by kernel.

@@ -58,7 +58,7 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
     L = unit.lanes
     while L > W or L > V:
         L //= 2
-    scoring = softmax(spec, L, BLOCK // L)
+    scoring = softmax(spec, L)
     start, weigh = scoring.start, scoring.weigh
     one_row = isinstance(Q, int) and Q == 1
     full_tiles = 0 if one_row else Q // tile_q
@@ -185,7 +185,6 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
         peak = T.alloc_buffer((n_rows,), "float32", scope="local")
         total = T.alloc_buffer((n_rows,), "float32", scope="local")
         rescale = T.alloc_buffer((n_rows,), "float32", scope="local")
-        factor = T.alloc_buffer((1,), "float32", scope="local")
         position = T.meta_var(lengths[b] + (C - Q) + row)  # of the first query
         seen = T.meta_var(T.min(position + n_rows, N))
         for i in T.serial(n_rows):
@@ -196,8 +195,8 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
             n_keys = T.meta_var(T.min(BLOCK, seen - p * BLOCK))
             score_block(q, cache, s, b, row, p * BLOCK, n_rows, n_keys, tile)
             for i in T.serial(n_rows):
-                weigh(s, peak, total, factor, i, i, p * BLOCK, T.min(position + i + 1, N))
-                rescale[i] = factor[0]
+                limit = T.meta_var(T.min(position + i + 1, N))
+                weigh(s, peak, total, rescale, i, i, p * BLOCK, limit, (n_keys + L - 1) // L)
             mix(s, cache, o, rescale, b, p * BLOCK, n_rows, n_keys, vectors)
         write(o, total, out, b, row, n_rows)
 
