@@ -22,8 +22,8 @@ from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
 from .stream_plan import NAME as STREAM
 from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
-from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic, probe_shapes
-from .symbolic_entry import FIXED
+from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic
+from .symbolic_entry import FIXED, probe_shapes
 from .targets import CpuTarget, machine_runs, resolve_target
 from .tolerances import compare
 from .weights import Checkpoint

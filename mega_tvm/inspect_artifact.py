@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .artifact_format import check_library, open_artifact, read_manifest_from, read_tensors
 from .bench.flops import kernel_flops
+from .symbolic_entry import SymbolicEntry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,11 +74,13 @@ class ArtifactReport:
 
         entries = Table("name", "input", "output", "parity", title="entries", title_justify="left")
         found = (manifest["parity"] or {}).get("entries", {})
-        for entry in manifest["entries"]:
+        for entry in (*manifest["entries"], *manifest.get("symbolic_entries", ())):
             shapes = (" x ".join(map(str, entry[side]["shape"])) for side in ("input", "output"))
             parity = _entry_parity(found.get(entry["name"]))
             entries.add_row(Text(entry["name"]), *shapes, Text(parity))
         console.print(entries)
+        for symbolic in map(SymbolicEntry.of, manifest.get("symbolic_entries", ())):
+            console.print(Text(f"{symbolic.name:<12} {symbolic}"), soft_wrap=True)
 
         kernels = Table(title="kernels", title_justify="left")
         # Names tell kernels apart by their ends, so that they fold where a terminal is narrow.

@@ -107,7 +107,7 @@ class _TensorPool:
 class _Place(NamedTuple):
     """Where a constant lies: from a byte of a tensor."""
 
-    index: int
+    tensor: int
     byte: int
     shape: tuple[int, ...]
 

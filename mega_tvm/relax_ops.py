@@ -176,7 +176,8 @@ def layer_norm(
 
 
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    spec = EmaScanSpec(*dims_of(shape_of(call.args[0])), carried=len(call.args) == 3)
+    batch, seq_len, channels = dims_of(shape_of(call.args[0]))
+    spec = EmaScanSpec(batch, seq_len, int(channels), carried=len(call.args) == 3)
     return _call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 

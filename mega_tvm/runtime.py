@@ -54,7 +54,7 @@ _SHAPES_IN_MESSAGES = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One shape that a model was compiled for.
+    """One shape that a model runs.
 
     Parameters
     ----------
@@ -64,12 +64,20 @@ class Entry:
         ``[B, T, embed]`` and ``[B, hidden]``, both float32.
     workspace : int
         Bytes that a call needs for intermediates.
+    symbolic : bool
+        Whether the function serves other shapes too.
     """
 
     name: str
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     workspace: int
+    symbolic: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name, and where that does not tell the shape, batch and length."""
+        return f"{self.name} {list(self.input_shape[:2])}" if self.symbolic else self.name
 
 
 def _workspace(size: int) -> Any:
@@ -194,7 +202,7 @@ class Model:
             sizes = symbolic.sizes(shape)
             if sizes is not None:
                 output, workspace = symbolic.output_at(sizes), symbolic.workspace_at(sizes)
-                return Entry(symbolic.name, shape, output, workspace)
+                return Entry(symbolic.name, shape, output, workspace, symbolic=True)
         raise InputError(self._shape_message(shape))
 
     @property
@@ -369,9 +377,9 @@ class Model:
         scratch = scratches.get(entry.name)
         try:
             if scratch is None:
-                known = entry.input_shape in self._by_shape
-                scratch = scratches[entry.name] = _Scratch(entry) if known else _SymbolicScratch()
-            if type(scratch) is _SymbolicScratch:
+                scratch = _SymbolicScratch() if entry.symbolic else _Scratch(entry)
+                scratches[entry.name] = scratch
+            if entry.symbolic:
                 scratch.fit(entry)
         except MemoryError as error:
             scratches.pop(entry.name, None)

@@ -103,7 +103,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it holds."""
-        return sum(array.nbytes for array in (self.lengths, *self.arrays))
+        return self.lengths.nbytes + sum(array.nbytes for array in self.arrays)
 
 
 class Stream:
@@ -305,7 +305,8 @@ class Stream:
             return
         source = source[moved]
         used = min(int(self._lengths[source].max()), self._max_len)
-        for state in (self._lengths, *self._ema):
+        self._lengths[moved] = self._lengths[source]
+        for state in self._ema:
             state[moved] = state[source]
         for cache in self._caches:
             for start in range(0, used, _MOVED_FRAMES):
@@ -374,9 +375,10 @@ class Stream:
         """Return what the entry's function takes, for some frames to neighbouring rows."""
         batch, width = run.stop - run.start, self._entry.input_width
         x = self._x[: batch * frames * width].reshape(batch, frames, width)
-        arrays = (x, self._lengths[run], *(state[run] for state in self._states))
         return (
-            *map(_tensor, arrays),
+            _tensor(x),
+            _tensor(self._lengths[run]),
+            *(_tensor(state[run]) for state in self._states),
             self._model._tensors.block,
             self._workspace,
             _tensor(self._y[:batch]),
@@ -450,8 +452,8 @@ def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> 
 
 
 def _tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:
-    # Without a check of its alignment: the states of some rows start anywhere, and the kernels
-    # that read them know it.
+    # Without a check of its alignment: all arrays and rows of states start at cache lines, but for
+    # lengths, which are read one by one.
     return tvm_ffi.from_dlpack(array)
 
 

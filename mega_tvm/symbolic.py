@@ -19,9 +19,6 @@ from .relax_ops import dims_of, shape_of
 from .symbolic_entry import BATCH, NAME, SEQ_LEN, SymbolicEntry
 
 MAX_BATCH, MAX_SEQ_LEN = 256, 4096
-# Batches and lengths of the check against the reference: together they meet every height of a
-# register tile, one panel of keys in part and another whole.
-_PROBES = ((1, 1), (2, 13), (3, 59))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +100,3 @@ def example_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     seq_len = max(seq_len, 2)
     batch = max(batch, 2)
     return (batch + 1 if batch == seq_len else batch), seq_len, width
-
-
-def probe_shapes(entry: SymbolicEntry) -> list[tuple[int, ...]]:
-    """Return the input shapes at which an entry is compared with its reference."""
-    found = []
-    for sizes in _PROBES:
-        at = dict(zip((BATCH, SEQ_LEN), sizes, strict=True))
-        for name, (least, most) in entry.limits.items():
-            at[name] = min(max(at[name], least), most)
-        found.append(tuple(at[dim] if isinstance(dim, str) else dim for dim in entry.input_shape))
-    return list(dict.fromkeys(found))

@@ -21,6 +21,10 @@ NAME = "main_symbolic"
 
 Dims = tuple[int | str, ...]
 
+# Batches and lengths of the check against the reference: together they meet every height of a
+# register tile, one panel of keys in part and another whole.
+_PROBES = ((1, 1), (2, 13), (3, 59))
+
 
 def region_name(names: Sequence[str]) -> str:
     """Return the manifest's name of a workspace region, by the names that its rows multiply."""
@@ -113,3 +117,14 @@ class SymbolicEntry:
         """Return its input's shape and limits: ``[batch, seq_len, 287], batch 1 to 64, ...``."""
         limits = (f"{name} {least} to {most}" for name, (least, most) in self.limits.items())
         return f"[{', '.join(map(str, self.input_shape))}], {', '.join(limits)}"
+
+
+def probe_shapes(entry: SymbolicEntry) -> list[tuple[int, ...]]:
+    """Return the input shapes at which an entry is compared with its reference."""
+    found = []
+    for sizes in _PROBES:
+        at = dict(zip((BATCH, SEQ_LEN), sizes, strict=True))
+        for name, (least, most) in entry.limits.items():
+            at[name] = min(max(at[name], least), most)
+        found.append(tuple(at[dim] if isinstance(dim, str) else dim for dim in entry.input_shape))
+    return list(dict.fromkeys(found))

@@ -83,16 +83,21 @@ def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tuple[tvm.
     found = main.params[0].ty.shape
     if any(not isinstance(dim, tvm.tirx.IntImm | tvm.tirx.Var) for dim in found):
         raise UnsupportedModelError(f"{type(module).__name__} takes inputs of shape {list(found)}")
-    names, ranges = {}, {}
+    values: dict[tvm.tirx.Var, Any] = {}
+    ranges: Ranges = {}
     for dim, symbol, name in zip(found, _input_shape(program), (BATCH, SEQ_LEN), strict=False):
-        if isinstance(dim, tvm.tirx.Var):
-            names[dim] = tvm.tirx.Var(name, "int64")
+        if not isinstance(dim, tvm.tirx.Var):
+            continue
+        if symbol.node.expr in program.range_constraints:
+            values[dim] = tvm.tirx.Var(name, "int64")
             ranges[name] = _range(program, symbol)
-    if not names:
+        else:  # the module turned out to want this very number
+            values[dim] = tvm.tirx.const(int(symbol.node.expr), "int64")
+    if not ranges:
         raise UnsupportedModelError(
-            f"{type(module).__name__} works for batch {found[0]} and length {found[1]} alone"
+            f"{type(module).__name__} runs at input shape {list(shape)}, and at no other"
         )
-    return tvm.IRModule({"main": main.bind_symbolic_vars(names)}), ranges
+    return tvm.IRModule({"main": main.bind_symbolic_vars(values)}), ranges
 
 
 def _input_shape(program: torch.export.ExportedProgram) -> torch.Size:

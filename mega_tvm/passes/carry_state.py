@@ -152,7 +152,8 @@ def _extend(func: relax.Function) -> relax.Function:
         if var is None:
             return None
         if is_op(site.call, "mega.ema_scan"):
-            return relax_ops.ema_scan(*site.call.args, state[var])
+            p, decay = site.call.args
+            return relax_ops.ema_scan(p, decay, state[var])
         return _cached(site, lengths, state[var])
 
     params = [*func.params, lengths, *state.values()]

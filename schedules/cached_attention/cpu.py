@@ -58,7 +58,7 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
     L = unit.lanes
     while L > W or L > V:
         L //= 2
-    scoring = softmax(spec, L)
+    scoring = softmax(spec.scale, L)
     start, weigh = scoring.start, scoring.weigh
     one_row = isinstance(Q, int) and Q == 1
     full_tiles = 0 if one_row else Q // tile_q

@@ -40,6 +40,7 @@ class LoadedModel:
                 target="native",
                 batch=workload.batch,
                 seq_len=workload.seq_len,
+                symbolic=False,  # it would not run
                 output=library,
             )
         self._model = mega_tvm.load(library, num_threads=threads)
