@@ -9,11 +9,11 @@ not depend on older frames.
 What can be saved. As the window slides, a frame keeps its row of the input projection and, in the
 first block, of the layer norm and of the projection of the moving average. All else changes: the
 moving average starts at zero at the window's start, so that its states differ at every frame, and
-with them all that follows. At 60 frames of the default model (embed 287, hidden 256, 4 layers) those
-rows are 3% of the arithmetic, and a model without an input projection runs 2.3% faster (2860 us, not
-2929, one thread of a Zen 4): that much a further entry, compiled and stored beside the others, could
-save. It does not pay, so they are computed anew. What is saved is a copy: frames lie in the memory
-that the kernels read, and a push moves them by one place.
+with them all that follows. At 60 frames of the default model (embed 287, hidden 256, 4 layers)
+those rows are 3% of the arithmetic, and a model without an input projection runs 2.3% faster (2860
+us, not 2929, one thread of a Zen 4): that much a further entry, compiled and stored beside the
+others, could save. It does not pay, so they are computed anew. What is saved is a copy: frames lie
+in the memory that the kernels read, and a push moves them by one place.
 """
 
 from __future__ import annotations
