@@ -25,7 +25,12 @@ def odd(compile_once):
         laplace = form == "laplace"
         source = mega(hidden_size=23, embed_dim=11, ema_dim=5, laplace_attention=laplace)
         path = compile_once(
-            f"odd_{form}", source, batch=BATCHES[form], seq_len=LENGTHS, symbolic=False
+            f"odd_{form}",
+            source,
+            batch=BATCHES[form],
+            seq_len=LENGTHS,
+            symbolic=False,
+            stream=False,
         )
         return source, mega_tvm.load(path)
 

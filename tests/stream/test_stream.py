@@ -10,6 +10,7 @@ import torch
 
 from mega_tvm.errors import InputError, StreamFullError
 from mega_tvm.tolerances import assert_parity
+from mega_tvm.verify_stream import check_stream
 from reference import numpy_mega
 from tests.stream.conftest import T, every_output
 
@@ -246,3 +247,13 @@ def test_threads_have_streams_of_their_own(subject) -> None:
     with ThreadPoolExecutor(8) as pool:
         for one, other in zip(serial, pool.map(run, range(8)), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_verify_checks_streams(subject) -> None:
+    check = check_stream(subject.model, subject.module.config, subject.module.to_params())
+    assert check is not None and check.parity.ok
+    wrong = {**subject.module.to_params()}
+    name = "mega_block_2_ema/mega_block_2_ema_alpha"
+    wrong[name] = wrong[name] + 0.5
+    check = check_stream(subject.model, subject.module.config, wrong)
+    assert check is not None and not check.parity.ok
