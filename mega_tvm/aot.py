@@ -9,7 +9,8 @@ that calls the kernels as plain C functions on addresses. Tensors are one block 
 artifact holds them; intermediates lie in a workspace whose offsets are planned from their
 lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
 length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
-the library beside it, for tracing.
+the library beside it, for tracing; an entry that carries state, ``run(x, lengths, state...,
+tensors, workspace, y)``, has none.
 """
 
 from __future__ import annotations
@@ -222,7 +223,9 @@ def _run_function(
     last_use[result] = len(graph.bindings)
 
     workspace = _Workspace()
-    places: dict[relax.Var, _Place] = {func.params[0]: ("x", _START)}
+    places: dict[relax.Var, _Place] = {
+        param: (name, _START) for name, param in _inputs(func).items()
+    }
     calls: list[_KernelCall] = []
     for step, (var, value) in enumerate(graph.bindings):
         if is_op(value, "call_tir"):
@@ -239,7 +242,8 @@ def _run_function(
                 )
             )
         elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            places[var] = ("tensors", ((), tensors.starts[int(value.args[2].value)]))
+            index, *byte = (int(arg.value) for arg in value.args[2:])
+            places[var] = ("tensors", ((), tensors.starts[index] + sum(byte)))
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
@@ -262,12 +266,11 @@ def _emit(
     for region in sorted(workspace.sizes):
         starts[region] = end
         end = end + workspace.sizes[region] * dims.rows(region)
-    x_shape = dims.shape(dims_of(shape_of(graph.func.params[0])))
     y_shape = dims.shape(dims_of(shape_of(graph.func.body.body)))
     known = isinstance(end, int)
     workspace_bytes = end if known else tirx.Var("workspace_bytes", "int64")
     buffers = {
-        "x": tirx.decl_buffer(x_shape, "float32", "x"),
+        **{name: _buffer(name, param, dims) for name, param in _inputs(graph.func).items()},
         "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
         "y": tirx.decl_buffer(y_shape, "float32", "y"),
@@ -275,7 +278,7 @@ def _emit(
 
     def address(place: _Place) -> tirx.PrimExpr:
         name, (region, start) = place
-        if name in ("x", "y"):
+        if name not in ("tensors", "workspace"):
             return buffers[name].data
         begin = starts[region] if name == "workspace" else 0
         return T.address_of(buffers[name][begin + start * dims.rows(region)])
@@ -299,6 +302,16 @@ def _emit(
         tvm.ir.PrimType("int32"),
         tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
     )
+
+
+def _inputs(func: relax.Function) -> dict[str, relax.Var]:
+    """Return the parameters that are arrays, by name: ``x``, and the state if there is one."""
+    arrays = [param for param in func.params if isinstance(param.ty, relax.TensorType)]
+    return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
+
+
+def _buffer(name: str, param: relax.Var, dims: DimVars) -> tirx.Buffer:
+    return tirx.decl_buffer(dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name)
 
 
 def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:

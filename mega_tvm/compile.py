@@ -121,6 +121,11 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="greatest length of the symbolic entry (default: 4096)",
     )
+    add(
+        "--no-stream",
+        action="store_true",
+        help="leave out the code of streams, which are fed frame by frame",
+    )
     add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
     add(
         "--tuning-log",
@@ -222,6 +227,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             "any other shape": "refused"
             if arguments.no_symbolic
             else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
+            "streams": "left out" if arguments.no_stream else "if the model can",
             "dtype": arguments.dtype,
             "tuning log": "none"
             if arguments.no_tuning
@@ -249,6 +255,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             symbolic=not arguments.no_symbolic,
             max_batch=arguments.max_batch,
             max_seq_len=arguments.max_seq_len,
+            stream=not arguments.no_stream,
             dtype=arguments.dtype,
             tuning_log=arguments.tuning_log,
             use_tuning=not arguments.no_tuning,

@@ -21,6 +21,8 @@ from .frontend.onnx import OnnxModel, import_onnx
 from .frontend.torch import import_module
 from .model_source import DEFAULT_SEED, ModelSource, resolve_model
 from .pipeline import Compiled, run_pipeline
+from .stream_plan import NAME as STREAM
+from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
 from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic
 from .symbolic_entry import FIXED, probe_shapes
 from .targets import CpuTarget, machine_runs, resolve_target
@@ -45,6 +47,7 @@ def compile_model(
     symbolic: bool = True,
     max_batch: int = MAX_BATCH,
     max_seq_len: int = MAX_SEQ_LEN,
+    stream: bool = True,
     dtype: str = "float32",
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
     options: Mapping[str, object] | None = None,
@@ -78,6 +81,9 @@ def compile_model(
         Mega that does not leave them open gets none, with a warning that says why.
     max_batch, max_seq_len : int
         The greatest batch and length of the symbolic entry.
+    stream : bool
+        Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
+        that mixes timesteps) are compiled without; the manifest says why.
     dtype : str
         Type of weights and arithmetic: ``float32``.
     output : path-like
@@ -126,13 +132,15 @@ def compile_model(
     mod, notes = import_entries(source.module, shapes)
     for note in notes:
         on_note(note)
-    plan = SymbolicPlan()
+    plan, streaming = SymbolicPlan(), StreamPlan(left_out=NOT_ASKED_FOR)
     if symbolic:
         plan = plan_symbolic(source, shapes.values(), max_batch, max_seq_len)
+    if stream:
+        streaming = plan_stream(source, next(iter(shapes.values())), plan)
 
-    def compile_with(plan: SymbolicPlan) -> Compiled:
+    def compile_with(plan: SymbolicPlan, streaming: StreamPlan) -> Compiled:
         return run_pipeline(
-            tvm.IRModule({**mod.functions, **plan.functions}),
+            tvm.IRModule({**mod.functions, **plan.functions, **streaming.functions}),
             cpu_target,
             tuned=tuned,
             on_scheduled=lambda: _check_tuning(tuned, strict, on_tuning),
@@ -142,16 +150,17 @@ def compile_model(
         )
 
     try:
-        compiled = compile_with(plan)
+        compiled = compile_with(plan, streaming)
     except CompileError:
         raise
     except Exception as error:
         # Operators around a Mega may want sizes that are known; if it is another fault, the
-        # compile without the symbolic entry tells it.
-        if not plan.functions or source.checkpoint is not None:
+        # compile without the symbolic entries tells it.
+        if not (plan.functions or streaming.functions) or source.checkpoint is not None:
             raise
-        plan = SymbolicPlan(left_out=(str(error).splitlines() or [type(error).__name__])[0])
-        compiled = compile_with(plan)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        plan, streaming = SymbolicPlan(left_out=reason), StreamPlan(left_out=reason)
+        compiled = compile_with(plan, streaming)
     if plan.left_out is not None and len(next(iter(shapes.values()))) == 3:
         warnings.warn(
             f"no symbolic entry, only the given shapes will run: {plan.left_out}", stacklevel=2
@@ -164,6 +173,13 @@ def compile_model(
     symbolic_entries = plan.entries(compiled.workspaces)
     checks = {name: [shape] for name, shape in shapes.items()}
     checks |= {entry.name: probe_shapes(entry) for entry in symbolic_entries}
+    width, output_shape = entries[0]["input"]["shape"][-1], entries[0]["output"]["shape"][1:]
+    stream_field = streaming.describe(compiled, width, output_shape)
+    parity = _parity(compiled, source, cpu_target, checks, dtype)
+    if parity["checked"] and streaming.functions:
+        found = check_stream(compiled, stream_field, source.oracle(), dtype)
+        figures = {"max_abs": found.max_abs, "relative_rms": found.relative_rms}
+        parity["entries"][STREAM] = {"checked": True, **figures}
     manifest = {
         "target": {
             "name": cpu_target.name,
@@ -175,12 +191,13 @@ def compile_model(
         "dtype": dtype,
         "entries": entries,
         "symbolic_entries": [entry.describe() for entry in symbolic_entries],
+        "stream": stream_field,
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
         "tuning": {"log": tuned.digest, "threads": threads},
         "disabled_passes": sorted(disabled_passes),
-        "parity": _parity(compiled, source, cpu_target, checks, dtype),
+        "parity": parity,
     }
     on_phase("link")
     return write_artifact(compiled.executable, manifest, output, compiled.tensors)

@@ -42,6 +42,14 @@ class InputError(MegaError, ValueError):
     """An input of a call has the wrong shape, dtype or layout."""
 
 
+class StreamUnsupportedError(MegaError):
+    """A compiled model has no code for streams; the message says why."""
+
+
+class StreamFullError(MegaError):
+    """A stream's row holds as many frames as its caches have room for."""
+
+
 class NotAnArtifactError(ArtifactError):
     """A file is not a compiled model: missing, unreadable, or without a manifest."""
 

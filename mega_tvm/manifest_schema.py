@@ -117,6 +117,21 @@ _ENTRY = Field(
         "workspace": Field(int),
     },
 )
+_STREAM = Field(
+    dict,
+    fields={
+        "name": Field(str, pattern=r".+"),
+        "input_width": Field(int),
+        "output_shape": Field(list, items=Field(int)),
+        "state": Field(
+            list,
+            items=Field(
+                dict, fields={"kind": Field(str, pattern="ema|cache"), "width": Field(int)}
+            ),
+        ),
+        "workspace": Field(dict),
+    },
+)
 _SYMBOLIC_ARRAY = Field(
     dict,
     fields={
@@ -193,12 +208,32 @@ def manifest_problem(manifest: object) -> str | None:
     entries = manifest["entries"]
     if not entries:
         return "entries must not be empty"
+    if wrong := _stream_problem(manifest.get("stream")):
+        return wrong
     if wrong := _symbolic_problem(manifest.get("symbolic_entries", [])):
         return wrong
     shapes = [tuple(entry["input"]["shape"]) for entry in entries]
     if twice := [shape for shape in shapes if shapes.count(shape) > 1]:
         return f"entries must have different input shapes, found {twice[0]} twice"
     return _layout_problem(manifest["library"]["bytes"], manifest["tensors"])
+
+
+def _stream_problem(stream: object) -> str | None:
+    """Return what is wrong with the field about streams, which older files do not have."""
+    if stream is None:
+        return None
+    if isinstance(stream, dict) and "left_out" in stream:
+        return Field(str).problem(stream["left_out"], "stream.left_out")
+    if wrong := _STREAM.problem(stream, "stream"):
+        return wrong
+    assert isinstance(stream, dict)
+    for region, size in stream["workspace"].items():
+        where = f"stream.workspace.{region}"
+        if not set(region.split("*")) <= {"batch", "seq_len", "fixed"}:
+            return f"{where} is no product of batch and seq_len"
+        if wrong := Field(int, least=0).problem(size, where):
+            return wrong
+    return None
 
 
 def _symbolic_problem(entries: object) -> str | None:

@@ -51,6 +51,14 @@ class ModelSource:
     origin: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
+    def torch_module(self) -> torch.nn.Module | None:
+        """Return the model as a PyTorch module; None for an ONNX file with other layers."""
+        if not isinstance(self.module, OnnxModel):
+            return self.module
+        if self.checkpoint is None:
+            return None
+        return Mega.from_params(self.checkpoint.config, self.checkpoint.params)
+
     def oracle(self) -> Oracle:
         """Return the float64 reference: NumPy's for a Mega, else the model itself in float64."""
         if self.checkpoint is not None:

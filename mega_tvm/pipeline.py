@@ -35,6 +35,7 @@ from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE, keep_c_functions_private
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
+from .passes.carry_state import states_of, without_state
 from .symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
 from .tuning.lookup import TunedSchedules
@@ -55,6 +56,8 @@ class Compiled:
         The packed constants.
     workspaces : dict of str to dict
         Bytes of workspace that ``<entry>__run`` takes, by region: see `mega_tvm.symbolic_entry`.
+    states : dict of str to list
+        Of an entry that carries state, ``kind`` and ``width`` of each array, in order.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries).
@@ -65,6 +68,7 @@ class Compiled:
     executable: Any
     tensors: list[npt.NDArray[Any]]
     workspaces: dict[str, dict[str, int]]
+    states: dict[str, list[dict[str, Any]]]
     kernels: list[dict[str, Any]]
     seconds: dict[str, float]
 
@@ -136,6 +140,7 @@ def run_pipeline(
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes))
+        states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
         mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled, tuned))
@@ -143,11 +148,12 @@ def run_pipeline(
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         mod, workspaces = add_run_functions(mod, tensors)
+        mod = without_state(mod)
         executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         _write(debug_dump / "5_lower.s", assembly)
-    return Compiled(executable, tensors, workspaces, kernels, seconds)
+    return Compiled(executable, tensors, workspaces, states, kernels, seconds)
 
 
 def check_pass_names(names: Collection[str]) -> None:

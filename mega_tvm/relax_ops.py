@@ -1,8 +1,9 @@
 """Mega's own Relax operators, registered from Python.
 
 The graph phase works on these: ``R.mega.dense``, ``R.mega.layer_norm``, ``R.mega.ema_scan``,
-``R.mega.attention`` and ``R.mega.last_timestep``. Each infers its type, and legalizes to the naive
-PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the whole of the kernel phase.
+``R.mega.attention``, ``R.mega.cached_attention`` and ``R.mega.last_timestep``. Each infers its
+type, and legalizes to the naive PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the
+whole of the kernel phase.
 
 Weights are constants, float64 until the graph phase has folded all that it folds.
 """
@@ -17,6 +18,8 @@ from tvm import relax, te
 from tvm.ir import Op, register_op_attr
 from tvm.ir.expr import GenericConst
 
+from schedules.cached_attention.naive import CachedAttentionSpec
+from schedules.cached_attention.naive import cached_attention as naive_cached_attention
 from schedules.common.dims import Dim, Extent
 from schedules.common.spec import KernelSpec
 from schedules.dense.naive import DenseSpec
@@ -174,18 +177,22 @@ def layer_norm(
 
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     batch, seq_len, channels = dims_of(shape_of(call.args[0]))
-    spec = EmaScanSpec(batch, seq_len, int(channels))
+    spec = EmaScanSpec(batch, seq_len, int(channels), carried=len(call.args) == 3)
     return _call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 
 _EMA_SCAN = _register(
-    "ema_scan", ["p", "decay"], lambda call: shape_of(call.args[0]), _legalize_ema_scan
+    "ema_scan", ["p", "decay", "state"], lambda call: shape_of(call.args[0]), _legalize_ema_scan
 )
 
 
-def ema_scan(p: relax.Expr, decay: relax.Expr) -> relax.Call:
-    """Return ``h_t = decay * h_{t-1} + p_t`` along axis 1 of ``p [B, T, D]``."""
-    return relax.Call(_EMA_SCAN, [p, decay])
+def ema_scan(p: relax.Expr, decay: relax.Expr, state: relax.Expr | None = None) -> relax.Call:
+    """Return ``h_t = decay * h_{t-1} + p_t`` along axis 1 of ``p [B, T, D]``.
+
+    ``h_{-1}`` is ``state [B, padded(D)]``, or 0 without one; the kernel replaces the state by
+    ``h_{T-1}``.
+    """
+    return relax.Call(_EMA_SCAN, [p, decay] if state is None else [p, decay, state])
 
 
 # attention --------------------------------------------------------------------------------------
@@ -233,6 +240,49 @@ def attention(
         **{f"{name}_offset": offset for name, offset in zip(OPERANDS, offsets, strict=True)},
     )
     return relax.Call(_ATTENTION, list(operands), attrs)
+
+
+# cached_attention -------------------------------------------------------------------------------
+
+
+def _infer_cached_attention(call: relax.Call) -> Shape:
+    batch, q_len, _ = shape_of(call.args[0])
+    return batch, q_len, int(call.attrs["value_width"])
+
+
+def _legalize_cached_attention(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    q, k, cache = (dims_of(shape_of(call.args[i])) for i in (0, 1, -1))
+    spec = CachedAttentionSpec(
+        batch=q[0],
+        new_len=k[1],
+        q_len=q[1],
+        max_len=cache[1],
+        width=int(q[2]),
+        value_width=int(call.attrs["value_width"]),
+        shared=len(call.args) == 4,
+        scale=float(call.attrs["scale"]),
+    )
+    return _call_kernel(bb, spec, naive_cached_attention(spec), call)
+
+
+_CACHED_ATTENTION = _register(
+    "cached_attention",
+    ["q", "k", "v", "lengths", "cache"],
+    _infer_cached_attention,
+    _legalize_cached_attention,
+)
+
+
+def cached_attention(
+    operands: Sequence[relax.Expr], *, value_width: int, scale: float
+) -> relax.Call:
+    """Return the softmax attention of ``(q, k[, v], lengths, cache)``.
+
+    The kernel appends the new keys and values to the cache first, see `CachedAttentionSpec`; the
+    keys are the values too where there is no ``v``.
+    """
+    attrs = _attrs(value_width=value_width, scale=tvm.tirx.FloatImm("float64", scale))
+    return relax.Call(_CACHED_ATTENTION, list(operands), attrs)
 
 
 # last_timestep ----------------------------------------------------------------------------------

@@ -33,8 +33,10 @@ from mega_tvm.runtime_library import (
     available_cpus,
     runtime_library,
 )
+from mega_tvm.stream import Stream, make_stream
 from mega_tvm.symbolic_entry import SymbolicEntry
 from mega_tvm.tensor_memory import Tensors, load_tensors
+from mega_tvm.window import Window, make_window
 
 __all__ = ["Entry", "Model", "load"]
 
@@ -198,6 +200,45 @@ class Model:
     def _run_each(self) -> None:
         for shape in (*self._runners, *(entry.least_shape for entry in self.symbolic_entries)):
             self(np.zeros(shape, np.float32))
+
+    def stream(
+        self, batch: int = 1, *, max_len: int | None = None, on_full: str = "error"
+    ) -> Stream:
+        """Return a stream: the model fed frame by frame, its state kept. See `mega_tvm.stream`.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Rows that are fed together, each with a length of its own.
+        max_len : int, optional
+            Frames that a row may have; the longest compiled ``seq_len`` by default. It sets the
+            memory: about ``batch * max_len * hidden * num_layers * 4`` bytes.
+        on_full : {"error", "slide"}
+            At ``max_len`` frames a step is an error, or attention sees the last ``max_len`` ones.
+
+        Raises
+        ------
+        StreamUnsupportedError
+            If the model cannot stream.
+        """
+        return make_stream(self, batch, max_len, on_full)
+
+    def window(self, batch: int = 1, *, seq_len: int | None = None) -> Window:
+        """Return a window: the model run on the last frames, at each frame. See `mega_tvm.window`.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Rows whose frames come together.
+        seq_len : int, optional
+            Frames of the window; those of the first compiled shape by default.
+
+        Raises
+        ------
+        InputError
+            If the model does not run that shape.
+        """
+        return make_window(self, batch, seq_len)
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine that computes the same, kernel by kernel.

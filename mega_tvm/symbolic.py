@@ -12,16 +12,14 @@ from typing import Any
 
 import tvm
 
-from reference.torch_mega import Mega
-
 from .errors import CompileError, UnsupportedModelError
-from .frontend.onnx import OnnxModel
 from .frontend.torch import import_symbolic
 from .model_source import ModelSource
 from .relax_ops import dims_of, shape_of
 from .symbolic_entry import BATCH, NAME, SEQ_LEN, SymbolicEntry
 
 MAX_BATCH, MAX_SEQ_LEN = 256, 4096
+OTHER_ONNX = "an ONNX file with other layers is compiled for the given shapes alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +79,11 @@ def plan_symbolic(
     first = next(iter(shapes))
     if len(first) != 3:
         return SymbolicPlan(left_out=f"inputs of shape {list(first)} have no batch and length")
-    module = source.module
-    if isinstance(module, OnnxModel):
-        if source.checkpoint is None:
-            return SymbolicPlan(left_out="an ONNX file of other layers gets the given shapes alone")
-        module = Mega.from_params(source.checkpoint.config, source.checkpoint.params)
+    module = source.torch_module()
+    if module is None:
+        return SymbolicPlan(left_out=OTHER_ONNX)
     try:
-        mod, ranges = import_symbolic(module, _example(first))
+        mod, ranges = import_symbolic(module, example_shape(first))
     except UnsupportedModelError as error:
         if source.checkpoint is not None:  # a Mega leaves both open
             raise
@@ -102,7 +98,7 @@ def plan_symbolic(
     return SymbolicPlan(mod, limits)
 
 
-def _example(shape: Sequence[int]) -> tuple[int, int, int]:
+def example_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """Return a shape for export: it takes a 1 for a constant, and equal numbers for one."""
     batch, seq_len, width = shape
     seq_len = max(seq_len, 2)

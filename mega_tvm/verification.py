@@ -27,6 +27,7 @@ from mega_tvm.verify_inputs import (
     meets_jump,
 )
 from mega_tvm.verify_report import ORACLE, STORED, Check, Skipped, VerifyReport
+from mega_tvm.verify_stream import check_stream
 from mega_tvm.weights import load_checkpoint, params_digest
 from reference import MegaConfig, numpy_mega
 
@@ -183,6 +184,8 @@ def run(
                 x,
                 condition=found.condition,
             )
+    stream = check_stream(model, subject.config, subject.params)
+    checks += [] if stream is None else [stream]
     return VerifyReport(subject.settings(), tuple(checks), tuple(skipped), localization)
 
 

@@ -9,6 +9,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.target import Target
 
+from .cached_attention import cpu as cached_attention_cpu
 from .common.kernel import ScheduledKernel
 from .common.script_parsing import quick_parser_lookup
 from .common.spec import OP_ATTR
@@ -30,6 +31,7 @@ class KernelSchedule(Protocol):
 
 
 CPU: dict[str, KernelSchedule] = {
+    "cached_attention": cached_attention_cpu,
     "dense": dense_cpu,
     "ema_scan": ema_scan_cpu,
     "gated_attention": gated_attention_cpu,

@@ -34,14 +34,13 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     spec = GatedAttentionSpec.of(func)
     lanes = vector_unit(target).lanes
     if spec.q_len == 1:
-        return ScheduledKernel(row_attention(spec, lanes, softmax(spec, lanes)))
+        return ScheduledKernel(row_attention(spec, lanes, softmax(spec.scale, lanes)))
     blocking = read_blocking(decisions.read(func), lanes)
-    return ScheduledKernel(blocked_attention(spec, blocking, softmax(spec, lanes)))
+    return ScheduledKernel(blocked_attention(spec, blocking, softmax(spec.scale, lanes)))
 
 
-def softmax(spec: GatedAttentionSpec, L: int) -> Scoring:
-    """Return softmax scoring for vectors of ``L`` lanes."""
-    scale = spec.scale
+def softmax(scale: float, L: int) -> Scoring:
+    """Return softmax scoring for vectors of ``L`` lanes, of scores times ``scale``."""
 
     def weight(score: tirx.PrimExpr, peak: tirx.PrimExpr) -> tirx.PrimExpr:
         return exp(score - peak, scale)

@@ -22,7 +22,7 @@ def compile_once(tmp_path_factory):
 
     def compile_it(name, model, **options):
         if name not in made:
-            options = {"symbolic": False, **options}
+            options = {"symbolic": False, "stream": False, **options}
             made[name] = compile_model(model, output=folder / f"{name}.so", **options)
         return made[name]
 

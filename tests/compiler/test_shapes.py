@@ -24,7 +24,14 @@ def odd(compile_once):
     def make(form):
         laplace = form == "laplace"
         source = mega(hidden_size=23, embed_dim=11, ema_dim=5, laplace_attention=laplace)
-        path = compile_once(f"odd_{form}", source, batch=BATCHES[form], seq_len=LENGTHS)
+        path = compile_once(
+            f"odd_{form}",
+            source,
+            batch=BATCHES[form],
+            seq_len=LENGTHS,
+            symbolic=False,
+            stream=False,
+        )
         return source, mega_tvm.load(path)
 
     return make

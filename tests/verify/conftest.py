@@ -33,6 +33,7 @@ def artifact(tmp_path_factory):
                 options={"laplace_attention": facts["effective"]["laplace_attention"], **options},
                 output=directory / f"{case}.so",
                 symbolic=False,
+                stream=False,
             )
         return made[case]
 
@@ -53,6 +54,7 @@ def unfused(tmp_path_factory):
         seq_len=[1, SEQ_LEN],
         disabled_passes=["fuse_residual"],
         symbolic=False,
+        stream=False,
         output=tmp_path_factory.mktemp("verify") / "unfused.so",
     )
 
