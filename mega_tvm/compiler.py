@@ -27,7 +27,7 @@ from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic
 from .symbolic_entry import FIXED, probe_shapes
 from .targets import CpuTarget, machine_runs, resolve_target
 from .tolerances import compare
-from .tuning.lookup import TunedSchedules, find_logs
+from .tuning.lookup import FOUND, TunedSchedules, find_logs
 from .weights import Checkpoint
 
 DTYPES = ("float32",)
@@ -217,7 +217,7 @@ def _check_tuning(
 ) -> None:
     """Tell what the lookups found, and refuse a miss where the user asked for that."""
     on_tuning(tuned)
-    missed = [f"{name}: {found}" for name, found in tuned.outcomes.items() if found.kind != "hit"]
+    missed = [f"{n}: {found}" for n, found in tuned.outcomes.items() if found.kind not in FOUND]
     if strict and missed:
         raise CompileError(
             f"strict: {len(missed)} of {len(tuned.outcomes)} kernels have no valid tuning record "

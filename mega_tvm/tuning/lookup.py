@@ -7,6 +7,7 @@ Each kernel's record is looked up at the point that tuning takes kernels from: t
 | hit | a confirmed record: its decisions are replayed |
 | miss | no such record; the hand schedule |
 | stale | there are records, but other versions made them; the hand schedule |
+| any size | a kernel whose sizes only a call brings, which no record can be of; the hand schedule |
 
 A record holds for one kernel of one size, since only there was it measured against the hand
 schedule. The record of another length may well be better than the hand schedule, and may be worse:
@@ -36,6 +37,8 @@ from .record import KernelKey, Record, TargetKey
 from .space import Space, replay
 from .versions import made_by
 
+ANY_SIZE = "any size"
+FOUND = ("hit", ANY_SIZE)  # what a strict compile accepts
 SHIPPED = Path(schedules.__file__).parent / "tuned"
 
 
@@ -46,7 +49,7 @@ class Outcome:
     Parameters
     ----------
     kind : str
-        ``hit``, ``miss`` or ``stale``.
+        ``hit``, ``miss``, ``stale`` or `ANY_SIZE`.
     source : str
         Where the schedule comes from: ``tuned`` or ``hand``.
     detail : str
@@ -114,6 +117,8 @@ class TunedSchedules:
 
     def _find(self, func: tirx.PrimFunc, space: Space) -> tuple[Record | None, Outcome]:
         key = (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]))
+        if any(isinstance(dim, tirx.Var) for buffer in func.params for dim in buffer.shape):
+            return None, Outcome(ANY_SIZE, "hand", "hand schedule")
         if space.size == 1:
             return None, Outcome("hit", "hand", "there is nothing to decide")
         there = self._records.get(key, [])

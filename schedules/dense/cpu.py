@@ -21,6 +21,8 @@ twice.
 
 from __future__ import annotations
 
+import math
+
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
@@ -51,14 +53,23 @@ def schedule(sch: Schedule, target: Target) -> None:
     ``tile_m`` rows by ``panel_vectors`` vectors is the register tile: it fills the register file up
     to the vectors of one k step. ``block_m`` is the number of rows that share a pass over the
     weights. ``prefetch`` says whether the next panel is fetched ahead.
+
+    The panel has one width: kernels of any number of rows share their packed weights. A search over
+    widths gained 1.7% in one kernel, and nothing in the whole model.
     """
     spec = DenseSpec.of(sch.mod["main"])
     unit = vector_unit(target)
     tile_m, panel_vectors = default_tile(spec, unit)
-    decisions.sample(sch, "tile_m", sorted({1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, tile_m}), tile_m)
-    widths = {2, 4, 6, 8} if spec.swiglu else {1, 2, 3, 4, 6, 8}
-    decisions.sample(sch, "panel_vectors", sorted(widths | {panel_vectors}), panel_vectors)
-    decisions.sample(sch, "block_m", sorted({12, 24, 30, 48, 60, 120, 240, BLOCK_M}), BLOCK_M)
+    lead = DimVars().rows(spec.lead)
+    rows = lead if isinstance(lead, int) else math.inf
+    tiles = {m for m in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14) if m <= rows}
+    # The least of those that hold all rows stands for all of them.
+    blocks = [12, 24, 30, 48, 60, 120, 240]
+    blocks = [m for m, before in zip(blocks, [0, *blocks], strict=False) if before < rows]
+    block_m = min(BLOCK_M, blocks[-1])
+    decisions.sample(sch, "tile_m", sorted(tiles | {tile_m}), tile_m)
+    decisions.sample(sch, "panel_vectors", [panel_vectors], panel_vectors)
+    decisions.sample(sch, "block_m", blocks, block_m)
     decisions.sample(sch, "prefetch", [0, 1], 1)
 
 
