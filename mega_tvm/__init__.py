@@ -27,6 +27,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mega_tvm' has no attribute {name!r}")
     import importlib
 
+    if _HOMES[name] == "mega_tvm.runtime":
+        from mega_tvm.ffi_import import import_tvm_ffi
+
+        import_tvm_ffi()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

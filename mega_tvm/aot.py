@@ -7,15 +7,17 @@ the time of a small model. Here an entry becomes one PrimFunc
 
 that calls the kernels as plain C functions on addresses. Tensors are one block of bytes, as the
 artifact holds them; intermediates lie in a workspace whose offsets are planned from their
-lifetimes, so that a call allocates nothing. The VM's form of the entry stays in the library beside
-it, for tracing.
+lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
+length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
+the library beside it, for tracing; an entry that carries state, ``run(x, lengths, state...,
+tensors, workspace, y)``, has none.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,31 +27,68 @@ from tvm import relax, tirx
 from tvm.ir import Call, GlobalVar
 from tvm.script import tirx as T
 
+from schedules.common.dims import Dim, DimVars, Extent
+
 from .errors import UnsupportedModelError
 from .lowering import C_FUNCTION_ATTR
-from .manifest_schema import ALIGNMENT, round_up
+from .manifest_schema import ALIGNMENT, round_up, tensor_layout
 from .passes.rewrite import Graph, variables
-from .relax_ops import is_op, shape_of
+from .relax_ops import dims_of, extents, is_op, shape_of
+from .symbolic_entry import region_name
 
 RUN_SUFFIX = "__run"
 
+# A kind of row: the names whose product is their number, none for what has a known size.
+Region = tuple[str, ...]
+# A byte of the workspace: the region, and the bytes a row ahead of it there.
+_Offset = tuple[Region, int]
 # Where a variable lies: in which parameter ("x", "y", "tensors", "workspace"), from which byte.
-_Place = tuple[str, int]
-# A kernel's name, and where its arguments lie.
-_KernelCall = tuple[str, list[_Place]]
+_Place = tuple[str, _Offset]
+# A kernel's name, where its arguments lie, and their dimensions.
+_KernelCall = tuple[str, list[_Place], list[tuple[Dim, ...]]]
+_START: _Offset = ((), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFunction:
-    """An entry as one PrimFunc, and the bytes of workspace that it needs."""
+    """An entry as one PrimFunc, and the bytes of workspace that it needs: a row, by region."""
 
     func: tirx.PrimFunc
-    workspace: int
+    workspace: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CFunction:
+    """A kernel on addresses, and the shapes of its arguments, which tell what its variables are.
+
+    It takes the variables behind the addresses.
+    """
+
+    func: tirx.PrimFunc
+    shapes: list[tuple[Extent, ...]]
+
+    def values(self, shapes: list[tuple[Extent, ...]]) -> list[Extent]:
+        """Return the variables' values for arguments of the given shapes."""
+        found: dict[tirx.Var, Extent] = {}
+        for own, given in zip(self.shapes, shapes, strict=True):
+            for extent, value in zip(own, given, strict=True):
+                if isinstance(extent, tirx.Var):
+                    found[extent] = value
+        variables = self.func.params[len(self.shapes) :]
+        return [found[variable] for variable in variables]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TensorBlock:
+    """Where tensors start in their block, and its size, which a call checks (at least 1)."""
+
+    starts: list[int]
+    bytes: int
 
 
 def add_run_functions(
     mod: tvm.IRModule, tensors: list[npt.NDArray[Any]]
-) -> tuple[tvm.IRModule, dict[str, int]]:
+) -> tuple[tvm.IRModule, dict[str, dict[str, int]]]:
     """Add ``<entry>__run`` for each entry of a packed module.
 
     Parameters
@@ -62,46 +101,43 @@ def add_run_functions(
     Returns
     -------
     tvm.IRModule
-    dict of str to int
-        Bytes of workspace by entry.
+    dict of str to dict
+        By entry, bytes of workspace by region, see `mega_tvm.symbolic_entry`.
     """
     builder = relax.BlockBuilder(mod)
-    plain = {
-        gvar.name_hint: builder.add_func(_as_c_function(func), f"{gvar.name_hint}__c")
-        for gvar, func in mod.functions_items()
-        if isinstance(func, tirx.PrimFunc)
-    }
-    offsets = list(tensor_offsets(tensors))
+    plain = {}
+    for gvar, func in mod.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            kernel = as_c_function(func)
+            name = f"{gvar.name_hint}__c"
+            plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
+            builder.update_func(gvar, _packed_form(func, *plain[gvar.name_hint]))
+    starts, end = tensor_layout(array.nbytes for array in tensors)
+    layout = _TensorBlock(starts, max(end, 1))
     workspaces = {}
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function):
             name = f"{gvar.name_hint}{RUN_SUFFIX}"
-            run = _run_function(Graph(func), plain, offsets)
+            run = _run_function(Graph(func), plain, layout)
             builder.add_func(run.func.with_attr("global_symbol", name), name)
             workspaces[gvar.name_hint] = run.workspace
     return builder.get(), workspaces
 
 
-def tensor_offsets(tensors: Iterable[npt.NDArray[Any]]) -> Iterable[int]:
-    """Yield where each tensor starts: the first aligned byte behind the one before."""
-    end = 0
-    for array in tensors:
-        start = round_up(end)
-        yield start
-        end = start + array.nbytes
-
-
 def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     """Return the tensors' bytes as an artifact holds them."""
-    starts = list(tensor_offsets(tensors))
-    block = np.zeros(starts[-1] + tensors[-1].nbytes if tensors else 1, np.uint8)
+    starts, end = tensor_layout(array.nbytes for array in tensors)
+    block = np.zeros(max(end, 1), np.uint8)
     for start, array in zip(starts, tensors, strict=True):
         block[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
     return block
 
 
-def _as_c_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
+def as_c_function(func: tirx.PrimFunc) -> CFunction:
     """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
+    shapes = [extents(buffer.shape) for buffer in func.params]
+    named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
+    variables = list(dict.fromkeys(named))
     pointers = [
         tirx.Var(buffer.name, tvm.ir.PointerType(tvm.ir.PrimType(str(buffer.dtype))))
         for buffer in func.params
@@ -113,37 +149,70 @@ def _as_c_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
     body = tirx.SeqStmt([*declared, func.body, tirx.stmt.Return(tirx.const(0, "int32"))])
     attrs = {key: value for key, value in func.attrs.items() if key != "global_symbol"}
     attrs[C_FUNCTION_ATTR] = True
+    plain = tirx.PrimFunc(
+        [*pointers, *variables],
+        body,
+        tvm.ir.PrimType("int32"),
+        tvm.ir.make_node("ir.DictAttrs", **attrs),
+    )
+    return CFunction(plain, shapes)
+
+
+def _packed_form(func: tirx.PrimFunc, function: GlobalVar, kernel: CFunction) -> tirx.PrimFunc:
+    """Return a kernel for the VM, which calls the one on addresses: the code is there once."""
+    variables = kernel.func.params[len(kernel.shapes) :]
+    call = Call(function, [*(buffer.data for buffer in func.params), *variables], ret_ty="int32")
+    error, message = map(tvm.ir.StringImm, ("RuntimeError", "a kernel failed: out of memory"))
     return tirx.PrimFunc(
-        pointers, body, tvm.ir.PrimType("int32"), tvm.ir.make_node("ir.DictAttrs", **attrs)
+        func.params,
+        tirx.AssertStmt(call == 0, error, [message]),  # TVM 0.27 names the first two the other way
+        None,
+        tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
     )
 
 
 class _Workspace:
-    """Offsets of intermediates: first fit among those that live at the same time."""
+    """Offsets of intermediates: first fit among those that live at the same time.
+
+    Intermediates whose rows a call brings lie in regions, one for each kind of row (``batch``,
+    ``batch * seq_len``), and are planned by their bytes a row: offsets scale with the rows.
+    """
 
     def __init__(self) -> None:
-        self.size = 0
-        self._live: dict[relax.Var, tuple[int, int]] = {}
+        self.sizes: dict[Region, int] = {}
+        self._live: dict[relax.Var, tuple[Region, int, int]] = {}
 
-    def place(self, var: relax.Var, size: int) -> int:
-        """Reserve bytes for a variable and return their offset."""
-        size = round_up(max(size, 1))
+    def place(self, var: relax.Var) -> _Offset:
+        """Reserve memory for a variable."""
+        dims = dims_of(shape_of(var))
+        region = tuple(sorted(dim for dim in dims if isinstance(dim, str)))
+        elements = math.prod(dim for dim in dims if isinstance(dim, int))
+        size = round_up(max(elements * np.dtype(str(var.ty.dtype)).itemsize, 1))
         start = 0
-        for begin, end in sorted(self._live.values()):
+        for other, begin, end in sorted(self._live.values()):
+            if other != region:
+                continue
             if start + size <= begin:
                 break
             start = max(start, end)
-        self._live[var] = (start, start + size)
-        self.size = max(self.size, start + size)
-        return start
+        self._live[var] = (region, start, start + size)
+        self.sizes[region] = max(self.sizes.get(region, ALIGNMENT), start + size)
+        return region, start
 
     def release(self, var: relax.Var) -> None:
         """Give a variable's bytes back."""
         self._live.pop(var, None)
 
+    def by_name(self) -> dict[str, int]:
+        """Return the bytes a row of each region, as the manifest holds them."""
+        return {region_name(region): self.sizes[region] for region in sorted(self.sizes)}
+
+
+_Kernel = tuple[GlobalVar, CFunction]
+
 
 def _run_function(
-    graph: Graph, kernels: Mapping[str, GlobalVar], tensor_starts: list[int]
+    graph: Graph, kernels: Mapping[str, _Kernel], tensors: _TensorBlock
 ) -> RunFunction:
     func = graph.func
     result = _resolve(func.body.body, graph)
@@ -154,50 +223,77 @@ def _run_function(
     last_use[result] = len(graph.bindings)
 
     workspace = _Workspace()
-    places: dict[relax.Var, _Place] = {func.params[0]: ("x", 0)}
+    places: dict[relax.Var, _Place] = {
+        param: (name, _START) for name, param in _inputs(func).items()
+    }
     calls: list[_KernelCall] = []
     for step, (var, value) in enumerate(graph.bindings):
         if is_op(value, "call_tir"):
             if var == result:
-                places[var] = ("y", 0)
+                places[var] = ("y", _START)
             else:
-                places[var] = ("workspace", workspace.place(var, _nbytes(var)))
-            operands = [places[_resolve(arg, graph)] for arg in value.args[1].fields]
-            calls.append((value.args[0].name_hint, [*operands, places[var]]))
+                places[var] = ("workspace", workspace.place(var))
+            arguments = [*value.args[1].fields, var]
+            calls.append(
+                (
+                    value.args[0].name_hint,
+                    [places[_resolve(arg, graph)] for arg in arguments],
+                    [dims_of(shape_of(arg)) for arg in arguments],
+                )
+            )
         elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            places[var] = ("tensors", tensor_starts[int(value.args[2].value)])
+            index, *byte = (int(arg.value) for arg in value.args[2:])
+            places[var] = ("tensors", ((), tensors.starts[index] + sum(byte)))
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
-    if places.get(result, ("", 0))[0] != "y":
+    if places.get(result, ("", _START))[0] != "y":
         raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
-    size = max(workspace.size, ALIGNMENT)
-    return RunFunction(_emit(graph, calls, kernels, size), size)
+    workspace.sizes = workspace.sizes or {(): ALIGNMENT}
+    return RunFunction(_emit(graph, calls, kernels, tensors.bytes, workspace), workspace.by_name())
 
 
 def _emit(
     graph: Graph,
     calls: list[_KernelCall],
-    kernels: Mapping[str, GlobalVar],
-    workspace_bytes: int,
+    kernels: Mapping[str, _Kernel],
+    tensor_bytes: int,
+    workspace: _Workspace,
 ) -> tirx.PrimFunc:
+    dims = DimVars()
+    starts: dict[Region, Extent] = {}
+    end: Extent = 0
+    for region in sorted(workspace.sizes):
+        starts[region] = end
+        end = end + workspace.sizes[region] * dims.rows(region)
+    y_shape = dims.shape(dims_of(shape_of(graph.func.body.body)))
+    known = isinstance(end, int)
+    workspace_bytes = end if known else tirx.Var("workspace_bytes", "int64")
     buffers = {
-        "x": tirx.decl_buffer(shape_of(graph.func.params[0]), "float32", "x"),
-        "tensors": tirx.decl_buffer((tirx.Var("tensor_bytes", "int64"),), "uint8", "tensors"),
+        **{name: _buffer(name, param, dims) for name, param in _inputs(graph.func).items()},
+        "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
-        "y": tirx.decl_buffer(shape_of(graph.func.body.body), "float32", "y"),
+        "y": tirx.decl_buffer(y_shape, "float32", "y"),
     }
 
     def address(place: _Place) -> tirx.PrimExpr:
-        buffer = buffers[place[0]]
-        if place[0] in ("x", "y"):
-            return buffer.data
-        return T.address_of(buffer[place[1]])
+        name, (region, start) = place
+        if name not in ("tensors", "workspace"):
+            return buffers[name].data
+        begin = starts[region] if name == "workspace" else 0
+        return T.address_of(buffers[name][begin + start * dims.rows(region)])
 
     failed = tirx.stmt.Return(tirx.const(1, "int32"))
-    steps: list[tirx.Stmt] = []
-    for name, places in calls:
-        call = Call(kernels[name], [address(place) for place in places], ret_ty="int32")
+    # A workspace of a known size is checked with the other arguments' shapes.
+    steps: list[tirx.Stmt] = [] if known else [tirx.IfThenElse(workspace_bytes < end, failed, None)]
+    for name, places, shapes in calls:
+        function, kernel = kernels[name]
+        values = kernel.values([dims.shape(shape) for shape in shapes])
+        arguments = [
+            *map(address, places),
+            *(tirx.const(v, "int64") if isinstance(v, int) else v for v in values),
+        ]
+        call = Call(function, arguments, ret_ty="int32")
         steps.append(tirx.IfThenElse(call != 0, failed, None))
     steps.append(tirx.stmt.Return(tirx.const(0, "int32")))
     return tirx.PrimFunc(
@@ -206,6 +302,16 @@ def _emit(
         tvm.ir.PrimType("int32"),
         tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
     )
+
+
+def _inputs(func: relax.Function) -> dict[str, relax.Var]:
+    """Return the parameters that are arrays, by name: ``x``, and the state if there is one."""
+    arrays = [param for param in func.params if isinstance(param.ty, relax.TensorType)]
+    return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
+
+
+def _buffer(name: str, param: relax.Var, dims: DimVars) -> tirx.Buffer:
+    return tirx.decl_buffer(dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name)
 
 
 def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
@@ -219,7 +325,3 @@ def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
         else:
             break
     return expr
-
-
-def _nbytes(var: relax.Var) -> int:
-    return math.prod(shape_of(var)) * np.dtype(str(var.ty.dtype)).itemsize

@@ -32,14 +32,18 @@ from mega_tvm.artifact_format import (
     library_digest,
 )
 from mega_tvm.errors import CompileError
-from mega_tvm.manifest_schema import round_up
+from mega_tvm.manifest_schema import round_up, tensor_layout
+
+# Symbols are bound when the library is loaded: a missing one is an error then, and not the end of
+# the process at the first call.
+_LINK_OPTIONS = ("-Wl,-z,now",)
 
 
 class Exportable(Protocol):
     """What `write_artifact` needs of a ``tvm.relax.VMExecutable``."""
 
-    def export_library(self, file_name: str) -> object:
-        """Link the module into a shared library."""
+    def export_library(self, file_name: str, *, options: Sequence[str]) -> object:
+        """Link the module into a shared library, with these options of the linker."""
 
 
 def write_artifact(
@@ -90,7 +94,7 @@ def write_artifact(
     with _sigterm_raises(), _directory_beside(path) as directory:
         library, sidecar = directory / "model.so", directory / "model.json"
         try:
-            executable.export_library(str(library))
+            executable.export_library(str(library), options=_LINK_OPTIONS)
         except RuntimeError as error:
             raise CompileError(f"{path}: the library cannot be linked: {error}") from error
         try:
@@ -140,25 +144,27 @@ def _check_linker() -> None:
 
 def _describe(tensors: Sequence[npt.NDArray[Any]]) -> dict[str, Any]:
     """Return the manifest's field about tensors, but for their offset in the file."""
-    digest, end = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     for piece in _pieces(tensors):
         digest.update(piece)
-    items = []
-    for tensor in tensors:
-        offset = round_up(end)
-        end = offset + tensor.nbytes
-        items.append({"offset": offset, "shape": list(tensor.shape), "dtype": tensor.dtype.name})
+    starts, end = tensor_layout(tensor.nbytes for tensor in tensors)
+    items = [
+        {"offset": start, "shape": list(tensor.shape), "dtype": tensor.dtype.name}
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
     return {"bytes": end, "sha256": digest.hexdigest(), "items": items}
 
 
 def _pieces(tensors: Sequence[npt.NDArray[Any]]) -> Iterator[memoryview]:
     """Yield the bytes of all tensors, with the zeros between."""
-    end = 0
-    for tensor in tensors:
-        yield memoryview(bytes(round_up(end) - end))
+    starts, end = tensor_layout(tensor.nbytes for tensor in tensors)
+    written = 0
+    for start, tensor in zip(starts, tensors, strict=True):
+        yield memoryview(bytes(start - written))
         native = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
         yield native.reshape(-1).view(np.uint8).data
-        end = round_up(end) + tensor.nbytes
+        written = start + tensor.nbytes
+    assert written == end
 
 
 def _complete(

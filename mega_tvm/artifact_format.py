@@ -24,18 +24,22 @@ of the one before it, and zeros are between; ``tensors.items`` lists their offse
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
+from mega_tvm import elf
 from mega_tvm.errors import (
     ArtifactError,
     DamagedArtifactError,
     IncompatibleArtifactError,
     NotAnArtifactError,
+    UntrustedArtifactError,
 )
 from mega_tvm.manifest_schema import manifest_problem, round_up
 
@@ -45,10 +49,6 @@ MAGIC = b"MEGATVM1"
 _FOOTER = struct.Struct("<32sQ8s")  # sha256, length, magic
 _MAX_MANIFEST = 16 << 20
 _RECOMPILE = "compile the model again"
-
-# e_machine of ELF headers that a user may meet, for messages.
-_EM_X86_64 = 62
-_MACHINES = {3: "x86", 40: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -116,6 +116,36 @@ def open_artifact(path: str | os.PathLike[str]) -> BinaryIO:
         raise NotAnArtifactError(f"{name!r}: cannot be read: {error}") from error
 
 
+def pinned(file: BinaryIO, name: str, sha256: str) -> BinaryIO:
+    """Return a file's bytes as they are now, if they have a digest that the caller names.
+
+    All is read once, so that nobody changes it between this check and its use.
+
+    Parameters
+    ----------
+    file : binary file
+    name : str
+    sha256 : str
+        In hex, of the whole file, as ``sha256sum`` prints it.
+
+    Raises
+    ------
+    UntrustedArtifactError
+        If it differs.
+    """
+    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, found {sha256!r}")
+    file.seek(0)
+    data = file.read()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256.lower():
+        raise UntrustedArtifactError(
+            f"{name}: expected a file with sha256 {sha256.lower()}, found {found}; it was not "
+            "opened as a library. Take the file or its digest again from where you trust them"
+        )
+    return io.BytesIO(data)
+
+
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check the manifest of a compiled model; library and tensors are not read.
 
@@ -160,7 +190,7 @@ def read_manifest_from(file: BinaryIO, name: str) -> dict[str, Any]:
             f"copy the file again, or {_RECOMPILE}"
         )
     manifest = _parse(name, text)
-    _check_elf_header(name, head)
+    _check_machine(name, head)
     expected = manifest["tensors"]["offset"] + manifest["tensors"]["bytes"]
     if expected != end:
         raise DamagedArtifactError(
@@ -170,27 +200,36 @@ def read_manifest_from(file: BinaryIO, name: str) -> dict[str, Any]:
     return manifest
 
 
-def check_library(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> None:
-    """Check the library's bytes against the manifest's digest, and the padding behind them.
+def read_library(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> bytes:
+    """Read the library, and check what was read: its digest, its ELF headers, the padding behind.
+
+    Returns
+    -------
+    bytes
 
     Raises
     ------
     DamagedArtifactError
-        If they differ.
+        If they are not what the compiler wrote.
     """
     expected = manifest["library"]["sha256"]
-    found = library_digest(file, manifest["library"]["bytes"])
+    file.seek(0)
+    image = file.read(manifest["library"]["bytes"])
+    found = hashlib.sha256(image).hexdigest()
     if found != expected:
         raise DamagedArtifactError(
             f"{name}: expected a library with sha256 {expected}, found {found}; "
             f"copy the file again, or {_RECOMPILE}"
         )
+    if wrong := elf.elf_problem(image):
+        raise DamagedArtifactError(f"{name}: {wrong}; {_RECOMPILE}")
     padding = file.read(manifest["tensors"]["offset"] - manifest["library"]["bytes"])
     if any(padding):
         raise DamagedArtifactError(
             f"{name}: expected zeros between library and tensors, found {padding!r}; "
             f"copy the file again, or {_RECOMPILE}"
         )
+    return image
 
 
 def read_tensors(
@@ -235,15 +274,25 @@ def library_digest(file: BinaryIO, length: int) -> str:
 def _check_footer(name: str, size: int, head: bytes, footer: bytes) -> int:
     if size == 0:
         raise NotAnArtifactError(f"{name}: expected a compiled model, found an empty file")
-    if not head.startswith(b"\x7fELF"):
+    if not head.startswith(elf.MAGIC):
         raise NotAnArtifactError(
             f"{name}: expected a compiled model (an ELF shared library), "
             f"found a file that starts with {head[:8]!r}"
         )
     if len(footer) < _FOOTER.size or not footer.endswith(MAGIC):
+        what = f"{name}: expected {MAGIC!r} at the end of the file, found {footer[-8:]!r}"
+        end = elf.image_end(head)
+        if size < end:
+            raise DamagedArtifactError(
+                f"{what}: a library of {end} bytes was cut off after {size}; copy the file again"
+            )
+        if size > end:
+            raise DamagedArtifactError(
+                f"{what}: a compiled model that was cut off or changed behind its library, or "
+                f"another kind of file; copy it again, or {_RECOMPILE}"
+            )
         raise NotAnArtifactError(
-            f"{name}: expected {MAGIC!r} at the end of the file, found {footer[-8:]!r}: "
-            "another kind of shared library, or a compiled model that was cut off or stripped"
+            f"{what}: another kind of shared library, or a compiled model that was stripped"
         )
     length = int(_FOOTER.unpack(footer)[1])
     if not 2 <= length <= min(size - _FOOTER.size, _MAX_MANIFEST):
@@ -276,14 +325,11 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _check_elf_header(name: str, head: bytes) -> None:
+def _check_machine(name: str, head: bytes) -> None:
     if len(head) < 20:
         raise DamagedArtifactError(f"{name}: the ELF header is cut off; {_RECOMPILE}")
-    machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
-    if head[4] != 2 or head[5] != 1 or machine != _EM_X86_64:
-        bits = {1: "32-bit", 2: "64-bit"}.get(head[4], f"class {head[4]}")
-        kind = _MACHINES.get(machine, f"machine {machine}")
+    if found := elf.other_machine(head):
         raise IncompatibleArtifactError(
-            f"{name}: expected a 64-bit little-endian x86-64 library, found {bits} {kind}"
-            f"{'' if head[5] == 1 else ', not little-endian'}; compile the model for this machine"
+            f"{name}: expected a 64-bit little-endian x86-64 library, found {found}; "
+            "compile the model for this machine"
         )

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from reference import MegaConfig
 from reference.config import ConfigError
 
 from .console import console, print_settings, run_command
+from .errors import CompileError
 
-_DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
+if TYPE_CHECKING:
+    from .tuning.lookup import TunedSchedules
+
+DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _compile(arguments))
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.bundle is None:
+        return run_command(lambda: _compile(arguments))
+    if arguments.output is not None:
+        parser.error("--bundle and -o name two places for one library; give one of them")
+    return run_command(lambda: _compile_bundle(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mega_tvm.compile",
         description="Compile a Mega model into one shared library with its weights inside.",
     )
+    add_model_options(parser)
+    _add_compile_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is compiled, and for which target; `mega_tvm.tune` has them."""
     add = parser.add_argument
     add(
         "--target",
@@ -41,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a checkpoint: .nx, .safetensors, .npz, .pt; without it the weights are freshly "
         "initialized from --seed",
+    )
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE.onnx",
+        help="an ONNX file: the whole model, with its weights, in place of a checkpoint",
     )
     add("--config", type=Path, metavar="FILE.json", help="options of the model, as JSON")
     add("--embed-dim", type=int, metavar="N")
@@ -71,7 +98,50 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
     )
+
+
+def _add_compile_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--no-symbolic",
+        action="store_true",
+        help="leave out the symbolic entry, which runs any other batch and length",
+    )
+    add(
+        "--max-batch",
+        type=int,
+        default=256,
+        metavar="N",
+        help="greatest batch of the symbolic entry (default: 256)",
+    )
+    add(
+        "--max-seq-len",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="greatest length of the symbolic entry (default: 4096)",
+    )
+    add(
+        "--no-stream",
+        action="store_true",
+        help="leave out the code of streams, which are fed frame by frame",
+    )
     add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
+    add(
+        "--tuning-log",
+        type=Path,
+        metavar="DIR",
+        help="a log of mega_tvm.tune (default: those shipped for the target)",
+    )
+    add("--no-tuning", action="store_true", help="schedule every kernel by hand")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads that the library will mostly run with: chooses tuning records (default: 1)",
+    )
+    add("--strict", action="store_true", help="fail where a kernel has no valid tuning record")
     add("--seed", type=int, default=0, metavar="N", help="seed of fresh weights (default: 0)")
     add(
         "--disable-pass",
@@ -91,9 +161,15 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="OUT.so",
-        help="where the library goes (default: the checkpoint's name, or mega.so)",
+        help="where the library goes (default: the name of the checkpoint or model, or mega.so)",
     )
-    return parser  # fmt: skip
+    add(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="write the library, and all that a host without pip needs to run it from C++ or "
+        "Python, into a new directory; in place of -o",
+    )
 
 
 def _numbers(text: str) -> list[int]:
@@ -105,42 +181,63 @@ def _numbers(text: str) -> list[int]:
         ) from None
 
 
+def _compile_bundle(arguments: argparse.Namespace) -> int:
+    from .bundle import MODEL, check_bundle_destination, write_bundle
+
+    directory = Path(os.path.abspath(arguments.bundle))
+    check_bundle_destination(directory)  # now, not after the compile
+    with tempfile.TemporaryDirectory(prefix="mega_tvm-") as aside:
+        arguments.output = Path(aside) / MODEL
+        if status := _compile(arguments):
+            return status
+        write_bundle(arguments.output, directory)
+    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    console().print(f"bundled into {directory} ({size / 1e6:.1f} MB)", markup=False)
+    return 0
+
+
 def _compile(arguments: argparse.Namespace) -> int:
     out = console()
     started = time.perf_counter()
-    options = _options(arguments)
-    output = arguments.output or Path(
-        f"{arguments.weights.stem}.so" if arguments.weights else "mega.so"
-    )
+    options = model_options(arguments)
+    file = input_file(arguments)
+    output = arguments.output or Path(f"{file.stem}.so" if file else "mega.so")
     with out.status("loading the compiler"):
         # Heavy: torch and TVM's compiler. A wrong option is told before they are loaded.
         from .artifact_format import read_manifest
         from .compiler import compile_model
         from .model_source import resolve_model
+        from .targets import CpuTarget, resolve_target
 
-    model: Path | MegaConfig = arguments.weights
+    on_cpu = isinstance(resolve_target(arguments.target), CpuTarget)
+    model: Path | MegaConfig | None = file
     if model is None:
-        model = MegaConfig.from_dict({"embed_dim": _DEFAULT_EMBED_DIM, **options})
+        model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})
     source = resolve_model(model, options, arguments.seed)
     config = source.config
-    assert config is not None  # a checkpoint and a config both have one
-    weights = (
-        str(arguments.weights)
-        if arguments.weights
-        else (f"freshly initialized from seed {arguments.seed}: this is no trained model")
-    )
+    fresh = f"freshly initialized from seed {arguments.seed}: this is no trained model"
+    lengths = arguments.seq_len or ([config.seq_len] if config else ["as the file says"])
     print_settings(
         out,
         "compile",
         {
             "target": arguments.target,
-            "weights": weights,
-            **{f"config.{name}": value for name, value in config.to_dict().items()},
+            "model" if arguments.model else "weights": file or fresh,
+            **{f"config.{k}": value for k, value in (config.to_dict() if config else {}).items()},
             "batch": ", ".join(map(str, arguments.batch)),
-            "seq_len": ", ".join(map(str, arguments.seq_len or [config.seq_len])),
+            "seq_len": ", ".join(map(str, lengths)),
+            "any other shape": "refused"
+            if arguments.no_symbolic or not on_cpu
+            else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
+            "streams": "if the model can" if on_cpu and not arguments.no_stream else "left out",
             "dtype": arguments.dtype,
+            "tuning log": "none"
+            if arguments.no_tuning or not on_cpu
+            else arguments.tuning_log or "those shipped for the target",
+            "threads": arguments.threads,
+            "strict": "yes" if arguments.strict else "no",
             "disabled passes": ", ".join(arguments.disable_pass) or "none",
-            "output": output,
+            "output": output if arguments.bundle is None else f"bundle {arguments.bundle}",
         },
     )
     for warning in source.warnings:
@@ -157,13 +254,23 @@ def _compile(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             batch=arguments.batch,
             seq_len=arguments.seq_len,
+            symbolic=not arguments.no_symbolic,
+            max_batch=arguments.max_batch,
+            max_seq_len=arguments.max_seq_len,
+            stream=not arguments.no_stream,
             dtype=arguments.dtype,
+            tuning_log=arguments.tuning_log,
+            use_tuning=not arguments.no_tuning,
+            threads=arguments.threads,
+            strict=arguments.strict,
             output=output,
             options=options,
             seed=arguments.seed,
             disabled_passes=arguments.disable_pass,
             debug_dump=arguments.debug_dump,
             on_phase=on_phase,
+            on_tuning=lambda tuned: _print_lookups(out, tuned),
+            on_note=lambda note: out.print(f"note: {note}", markup=False),
         )
     manifest = read_manifest(path)
     parity = manifest["parity"]
@@ -172,15 +279,37 @@ def _compile(arguments: argparse.Namespace) -> int:
         figure = f"max abs error against float64: {max(checked):.2e}" if checked else "not checked"
     else:
         figure = f"parity not checked: {parity['reason']}"
+    what = "compiled" if arguments.bundle else f"wrote {path}"
     out.print(
-        f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) in "
+        f"{what} ({path.stat().st_size / 1e6:.1f} MB) in "
         f"{time.perf_counter() - started:.1f} s; {figure}",
         markup=False,
     )
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, object]:
+def _print_lookups(out: Console, tuned: TunedSchedules) -> None:
+    """Print what was looked up for each kernel, and what was skipped."""
+    for problem in tuned.problems:
+        out.print(f"warning: {problem}; skipped", markup=False)
+    for name, outcome in sorted(tuned.outcomes.items()):
+        out.print(f"  kernel {name}: {outcome}", markup=False)
+
+
+def input_file(arguments: argparse.Namespace) -> Path | None:
+    """Return the checkpoint or the ONNX file, if one was given."""
+    weights: Path | None = arguments.weights
+    model: Path | None = arguments.model
+    if weights and model:
+        raise CompileError("give --weights or --model, not both: an ONNX file holds its weights")
+    if weights and weights.suffix == ".onnx":
+        raise CompileError(f"{weights}: an ONNX file is a whole model: give it by --model")
+    if model and model.suffix != ".onnx":
+        raise CompileError(f"{model}: --model takes an .onnx file; a checkpoint goes to --weights")
+    return weights or model
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the model's options that the user gave, by the config file or one by one."""
     options: dict[str, object] = {}
     if arguments.config is not None:

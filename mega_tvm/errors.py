@@ -30,8 +30,24 @@ class ArtifactError(MegaError):
     """A compiled library is not one of ours, is damaged, or does not fit this process."""
 
 
+class ModelFileError(MegaError):
+    """A model file (ONNX) is malformed, or not of a kind that is compiled."""
+
+
+class ExportError(MegaError):
+    """A model cannot be written as an ONNX file."""
+
+
 class InputError(MegaError, ValueError):
     """An input of a call has the wrong shape, dtype or layout."""
+
+
+class StreamUnsupportedError(MegaError):
+    """A compiled model has no code for streams; the message says why."""
+
+
+class StreamFullError(MegaError):
+    """A stream's row holds as many frames as its caches have room for."""
 
 
 class NotAnArtifactError(ArtifactError):
@@ -44,3 +60,11 @@ class DamagedArtifactError(ArtifactError):
 
 class IncompatibleArtifactError(ArtifactError):
     """A compiled model is whole, but not for this CPU, these versions or this process."""
+
+
+class UntrustedArtifactError(ArtifactError):
+    """A file is not the one that the caller named by its digest."""
+
+
+class TuningError(MegaError):
+    """A tuning log cannot be read or written, or a tuning cannot go on."""

@@ -47,6 +47,26 @@ def as_array(x: Any) -> npt.NDArray[Any]:
     )
 
 
+def as_output(out: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return a NumPy view of an array that takes a result.
+
+    Raises
+    ------
+    InputError
+        If it cannot take a float32 array of this shape.
+    """
+    array = as_array(out)
+    if array.shape != shape:
+        raise InputError(f"expected an out of shape {list(shape)}, found {list(array.shape)}")
+    if array.dtype != np.float32:
+        raise InputError(f"out: {dtype_message(array.dtype)}")
+    if not array.flags.writeable:
+        raise InputError(
+            "expected a writable out, found a read-only array (torch: out=tensor.numpy())"
+        )
+    return array
+
+
 def dtype_message(dtype: np.dtype[Any]) -> str:
     """Say what is wrong with a dtype that is not native float32."""
     advice = "use x.astype(numpy.float32)"

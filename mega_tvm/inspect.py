@@ -136,6 +136,7 @@ _INSPECTORS: dict[str, Callable[[Path], Report]] = {
     ".npz": inspect_checkpoint,
     ".pt": inspect_checkpoint,
     ".pth": inspect_checkpoint,
+    ".onnx": inspect_checkpoint,
     ".so": inspect_artifact,
 }
 
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "file",
         type=Path,
-        help="a .nx, .safetensors, .npz, .pt or .pth file, or a compiled .so",
+        help="a .nx, .safetensors, .npz, .pt, .pth or .onnx file, or a compiled .so",
         metavar="FILE",
     )
     parser.add_argument(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact_format import check_library, open_artifact, read_manifest_from, read_tensors
+from .artifact_format import open_artifact, read_library, read_manifest_from, read_tensors
 from .bench.flops import kernel_flops
+from .symbolic_entry import SymbolicEntry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,11 +74,13 @@ class ArtifactReport:
 
         entries = Table("name", "input", "output", "parity", title="entries", title_justify="left")
         found = (manifest["parity"] or {}).get("entries", {})
-        for entry in manifest["entries"]:
+        for entry in (*manifest["entries"], *manifest.get("symbolic_entries", ())):
             shapes = (" x ".join(map(str, entry[side]["shape"])) for side in ("input", "output"))
             parity = _entry_parity(found.get(entry["name"]))
             entries.add_row(Text(entry["name"]), *shapes, Text(parity))
         console.print(entries)
+        for symbolic in map(SymbolicEntry.of, manifest.get("symbolic_entries", ())):
+            console.print(Text(f"{symbolic.name:<12} {symbolic}"), soft_wrap=True)
 
         kernels = Table(title="kernels", title_justify="left")
         # Names tell kernels apart by their ends, so that they fold where a terminal is narrow.
@@ -102,7 +105,7 @@ def inspect_artifact(path: Path) -> ArtifactReport:
     """
     with open_artifact(path) as file:
         manifest = read_manifest_from(file, str(path))
-        check_library(file, str(path), manifest)
+        read_library(file, str(path), manifest)
         read_tensors(file, str(path), manifest, memoryview(bytearray(manifest["tensors"]["bytes"])))
     return ArtifactReport(path, path.stat().st_size, manifest)
 
@@ -118,6 +121,7 @@ def _weights(origin: Mapping[str, Any]) -> str:
         "seed": f"freshly initialized from seed {origin.get('seed')} ({origin.get('init')})",
         "memory": "from memory",
         "module": f"those of a module, {origin.get('class')}",
+        "onnx": f"those of the model in {origin.get('path')}",
     }.get(origin.get("kind", ""), "of unknown origin")
     digest = origin.get("digest")
     return f"{what}; sha256:{digest}" if digest else what

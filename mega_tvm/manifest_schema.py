@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Tensors lie at multiples of it, in the file and in memory, since kernels read whole vectors.
@@ -117,6 +117,38 @@ _ENTRY = Field(
         "workspace": Field(int),
     },
 )
+_STREAM = Field(
+    dict,
+    fields={
+        "name": Field(str, pattern=r".+"),
+        "input_width": Field(int),
+        "output_shape": Field(list, items=Field(int)),
+        "state": Field(
+            list,
+            items=Field(
+                dict, fields={"kind": Field(str, pattern="ema|cache"), "width": Field(int)}
+            ),
+        ),
+        "workspace": Field(dict),
+    },
+)
+_SYMBOLIC_ARRAY = Field(
+    dict,
+    fields={
+        "shape": Field(list, items=Field(int, str, pattern="[a-z_]+")),
+        "dtype": Field(str, pattern="float32"),
+    },
+)
+_SYMBOLIC_ENTRY = Field(
+    dict,
+    fields={
+        "name": Field(str, pattern=r".+"),
+        "input": _SYMBOLIC_ARRAY,
+        "output": _SYMBOLIC_ARRAY,
+        "limits": Field(dict),
+        "workspace": Field(dict),
+    },
+)
 _TENSOR = Field(
     dict,
     fields={
@@ -187,10 +219,57 @@ def manifest_problem(manifest: object) -> str | None:
     entries = manifest["entries"]
     if not entries:
         return "entries must not be empty"
+    if wrong := _stream_problem(manifest.get("stream")):
+        return wrong
+    if wrong := _symbolic_problem(manifest.get("symbolic_entries", [])):
+        return wrong
     shapes = [tuple(entry["input"]["shape"]) for entry in entries]
     if twice := [shape for shape in shapes if shapes.count(shape) > 1]:
         return f"entries must have different input shapes, found {twice[0]} twice"
     return _layout_problem(manifest["library"]["bytes"], manifest["tensors"])
+
+
+def _stream_problem(stream: object) -> str | None:
+    """Return what is wrong with the field about streams, which older files do not have."""
+    if stream is None:
+        return None
+    if isinstance(stream, dict) and "left_out" in stream:
+        return Field(str).problem(stream["left_out"], "stream.left_out")
+    if wrong := _STREAM.problem(stream, "stream"):
+        return wrong
+    assert isinstance(stream, dict)
+    for region, size in stream["workspace"].items():
+        where = f"stream.workspace.{region}"
+        if not set(region.split("*")) <= {"batch", "seq_len", "fixed"}:
+            return f"{where} is no product of batch and seq_len"
+        if wrong := Field(int, least=0).problem(size, where):
+            return wrong
+    return None
+
+
+def _symbolic_problem(entries: object) -> str | None:
+    """Return what is wrong with the symbolic entries, which older files do not have."""
+    if wrong := Field(list, items=_SYMBOLIC_ENTRY).problem(entries, "symbolic_entries"):
+        return wrong
+    assert isinstance(entries, list)
+    for i, entry in enumerate(entries):
+        where = f"symbolic_entries[{i}]"
+        dims = [*entry["input"]["shape"], *entry["output"]["shape"]]
+        for name in {dim for dim in dims if isinstance(dim, str)}:
+            if name not in entry["input"]["shape"]:
+                return f"{where}.output has a dimension {name}, which its input lacks"
+            field = f"{where}.limits.{name}"
+            limits = entry["limits"].get(name)
+            if wrong := Field(list, items=Field(int)).problem(limits, field):
+                return wrong
+            if len(limits) != 2 or limits[0] > limits[1]:
+                return f"{field} must be the least and the greatest value, found {limits}"
+        for region, size in entry["workspace"].items():
+            if region != "fixed" and not set(region.split("*")) <= set(entry["limits"]):
+                return f"{where}.workspace names a region {region}, which is none of limits"
+            if wrong := Field(int).problem(size, f"{where}.workspace.{region}"):
+                return wrong
+    return None
 
 
 def round_up(offset: int) -> int:
@@ -198,22 +277,36 @@ def round_up(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
+def tensor_layout(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Return where tensors of these bytes start, and where the last ends.
+
+    Each starts at the first multiple of `ALIGNMENT` at or after the end of the one before.
+    """
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(round_up(end))
+        end = starts[-1] + size
+    return starts, end
+
+
 def _layout_problem(library_bytes: int, tensors: Mapping[str, Any]) -> str | None:
     """Return where tensors are elsewhere than one after the other behind the library."""
     if tensors["offset"] != (expected := round_up(library_bytes)):
         return f"tensors.offset must be {expected}, found {_shorten(tensors['offset'])}"
-    end = 0
-    for i, item in enumerate(tensors["items"]):
-        where, shape = f"tensors.items[{i}]", item["shape"]
-        if item["offset"] != (expected := round_up(end)):
-            return f"{where}.offset must be {expected}, found {_shorten(item['offset'])}"
-        if len(shape) > _MAX_DIMENSIONS:
-            return f"{where}.shape must have at most {_MAX_DIMENSIONS} items, found {len(shape)}"
-        end = item["offset"] + math.prod(shape) * ITEM_SIZES[item["dtype"]]
-        if end > tensors["bytes"]:
-            return f"{where} must end within the {tensors['bytes']} bytes of all tensors"
+    items = tensors["items"]
+    for i, item in enumerate(items):
+        if len(item["shape"]) > _MAX_DIMENSIONS:
+            found = len(item["shape"])
+            where = f"tensors.items[{i}].shape"
+            return f"{where} must have at most {_MAX_DIMENSIONS} items, found {found}"
+    sizes = [math.prod(item["shape"]) * ITEM_SIZES[item["dtype"]] for item in items]
+    starts, end = tensor_layout(sizes)
+    for i, (item, start) in enumerate(zip(items, starts, strict=True)):
+        if item["offset"] != start:
+            where = f"tensors.items[{i}].offset"
+            return f"{where} must be {_shorten(start)}, found {_shorten(item['offset'])}"
     if end != tensors["bytes"]:
-        return f"tensors.bytes must be {end}, found {_shorten(tensors['bytes'])}"
+        return f"tensors.bytes must be {_shorten(end)}, found {_shorten(tensors['bytes'])}"
     return None
 
 

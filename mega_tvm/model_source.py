@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from reference import MegaConfig, numpy_mega
 from reference.torch_mega import Mega, build
 
 from .errors import CompileError
+from .frontend.onnx import OnnxModel, load_onnx
 from .weights import Checkpoint, load_checkpoint
 
 DEFAULT_SEED = 0
@@ -30,29 +32,40 @@ class ModelSource:
 
     Parameters
     ----------
-    module : torch.nn.Module
+    module : torch.nn.Module or OnnxModel
     config : MegaConfig or None
         The Mega's options; for a user's module, those of the first Mega inside, if there is one.
+        None for an ONNX file that is not exactly a Mega.
     checkpoint : Checkpoint or None
         The weights, where the module is exactly a Mega.
     origin : dict
-        Where the weights are from, for the manifest: ``kind`` (``file``, ``seed``, ``memory`` or
-        ``module``) and what finds them again.
+        Where the weights are from, for the manifest: ``kind`` (``file``, ``seed``, ``memory``,
+        ``module`` or ``onnx``) and what finds them again.
     warnings : tuple of str
         What the user should know about how the source was read.
     """
 
-    module: torch.nn.Module
+    module: torch.nn.Module | OnnxModel
     config: MegaConfig | None
     checkpoint: Checkpoint | None
     origin: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
+    def torch_module(self) -> torch.nn.Module | None:
+        """Return the model as a PyTorch module; None for an ONNX file with other layers."""
+        if not isinstance(self.module, OnnxModel):
+            return self.module
+        if self.checkpoint is None:
+            return None
+        return Mega.from_params(self.checkpoint.config, self.checkpoint.params)
+
     def oracle(self) -> Oracle:
-        """Return the float64 reference: NumPy's for a Mega, else the module itself in float64."""
+        """Return the float64 reference: NumPy's for a Mega, else the model itself in float64."""
         if self.checkpoint is not None:
             config, params = self.checkpoint.config, self.checkpoint.params
             return lambda x: numpy_mega.forward(config, params, x)
+        if isinstance(self.module, OnnxModel):
+            return self.module.run_float64
         module = copy.deepcopy(self.module).double().eval()
 
         def run(x: npt.NDArray[np.float32]) -> npt.NDArray[np.floating[Any]]:
@@ -73,8 +86,8 @@ def resolve_model(
     Parameters
     ----------
     model : Module, Checkpoint, MegaConfig or path
-        A path is a checkpoint in any format that `load_checkpoint` reads. A config alone gets
-        freshly initialized weights.
+        A path is a checkpoint in any format that `load_checkpoint` reads, or an ``.onnx`` file,
+        whose graph is compiled. A config alone gets freshly initialized weights.
     options : mapping, optional
         Options of `MegaConfig` that a checkpoint file does not state.
     seed : int
@@ -84,11 +97,13 @@ def resolve_model(
     ------
     CompileError
         If ``model`` is none of these.
-    WeightsError
-        If a checkpoint cannot be read.
+    WeightsError, ModelFileError
+        If a file cannot be read.
     """
     if isinstance(model, str | os.PathLike):
         path = Path(model)
+        if path.suffix == ".onnx":
+            return _from_onnx(path, options)
         checkpoint = load_checkpoint(path, options=options)
         origin = {"kind": "file", "path": str(path.resolve()), "format": checkpoint.format}
         return _from_checkpoint(checkpoint, origin)
@@ -115,3 +130,18 @@ def _from_checkpoint(checkpoint: Checkpoint, origin: dict[str, Any]) -> ModelSou
     module = Mega.from_params(checkpoint.config, checkpoint.params)
     origin = {**origin, "digest": checkpoint.digest}
     return ModelSource(module, checkpoint.config, checkpoint, origin, checkpoint.warnings)
+
+
+def _from_onnx(path: Path, options: Mapping[str, object] | None) -> ModelSource:
+    if options:
+        raise CompileError(
+            f"{path}: an ONNX file states the whole model; {', '.join(sorted(options))} cannot be "
+            "given beside it"
+        )
+    model = load_onnx(path)
+    found = {"path": str(path.resolve()), "format": "onnx"}
+    if model.checkpoint is None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return ModelSource(model, None, None, {"kind": "onnx", **found, "digest": digest})
+    origin = {"kind": "file", **found, "digest": model.checkpoint.digest}
+    return ModelSource(model, model.checkpoint.config, model.checkpoint, origin)

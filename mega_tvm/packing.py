@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,13 @@ from tvm.ir.expr import GenericConst
 from schedules.common.kernel import ScheduledKernel
 
 from .errors import CompileError
+from .passes.carry_state import carries_state
 from .passes.rewrite import Graph
 from .relax_ops import is_op
 
 Array = npt.NDArray[Any]
+LINE = 64  # bytes of a cache line
+_LINE_TYPE = np.dtype((np.void, LINE))
 
 
 def pack_phase(
@@ -60,6 +63,8 @@ def pack_phase(
         for gvar, func in mod.functions_items()
         if isinstance(func, relax.Function)
     }
+    # Those that carry state last: they find their tensors within others' (`_TensorPool.find`).
+    graphs = dict(sorted(graphs.items(), key=lambda item: carries_state(item[1].func)))
     places = {name: _collect(graph, scheduled, pool) for name, graph in graphs.items()}
     for name, graph in graphs.items():
         builder.add_func(_rebuild(name, graph, places[name], pool.arrays, kernels), name)
@@ -73,6 +78,22 @@ class _TensorPool:
         self.arrays: list[Array] = []
         self._indices: dict[tuple[str, tuple[int, ...], bytes], int] = {}
 
+    def find(self, array: Array) -> _Place | None:
+        """Return where the bytes of an array lie within a larger one, at a cache line."""
+        wanted = np.frombuffer(array.tobytes(), np.uint8)
+        if wanted.size % LINE:
+            return None
+        lines = wanted.view(_LINE_TYPE)
+        for index, other in enumerate(self.arrays):
+            if other.dtype != array.dtype or other.nbytes <= array.nbytes:
+                continue
+            whole = np.frombuffer(other.tobytes(), np.uint8)
+            there = whole[: whole.size // LINE * LINE].view(_LINE_TYPE)
+            for line in np.flatnonzero(there == lines[0]):
+                if np.array_equal(there[line : line + lines.size], lines):
+                    return _Place(index, int(line) * LINE, array.shape)
+        return None
+
     def add(self, array: Array) -> int:
         """Return the index of an array."""
         array = np.asarray(array, order="C")  # np.ascontiguousarray would make a scalar [1]
@@ -83,21 +104,35 @@ class _TensorPool:
         return index
 
 
-# For each binding of a function, the tensors that stand for its constant arguments.
-_Places = list[dict[int, int]]
+class _Place(NamedTuple):
+    """Where a constant lies: from a byte of a tensor."""
+
+    tensor: int
+    byte: int
+    shape: tuple[int, ...]
+
+
+# For each binding of a function, the places of its constant arguments.
+_Places = list[dict[int, _Place]]
 
 
 def _collect(graph: Graph, scheduled: Mapping[str, ScheduledKernel], pool: _TensorPool) -> _Places:
+    # The merged projections of other entries hold those of a function that carries state; the
+    # Relax VM, for which there is no such function, could not read a part of a tensor.
+    shares = carries_state(graph.func)
     places: _Places = []
     for _, value in graph.bindings:
-        place: dict[int, int] = {}
+        place: dict[int, _Place] = {}
         if is_op(value, "call_tir"):
             name = value.args[0].name_hint
             pack = scheduled[name].pack if name in scheduled else {}
             for index, field in enumerate(value.args[1].fields):
                 if isinstance(field, GenericConst):
                     array = field.value.numpy()
-                    place[index] = pool.add(pack[index](array) if index in pack else array)
+                    if index in pack:
+                        array = pack[index](array)
+                    found = pool.find(array) if shares else None
+                    place[index] = found or _Place(pool.add(array), 0, array.shape)
                 elif index in pack:
                     raise CompileError(f"kernel {name}: argument {index} must be constant weights")
         places.append(place)
@@ -115,23 +150,24 @@ def _rebuild(
     # An untyped object: the VM would check the type of each field of a tuple on every call (0.5 us
     # a tensor, measured). The manifest and its digests vouch for them.
     pool = relax.Var("tensors", relax.ObjectType())
-    fetched: dict[int, relax.Var] = {}
+    fetched: dict[_Place, relax.Var] = {}
 
-    def fetch(index: int) -> relax.Var:
-        if index not in fetched:
-            array = arrays[index]
-            fetched[index] = builder.emit(
+    def fetch(place: _Place) -> relax.Var:
+        if place not in fetched:
+            index, byte, shape = place
+            fetched[place] = builder.emit(
                 relax.call_pure_packed(
                     "vm.builtin.tuple_getitem",
                     pool,
-                    relax.prim_value(index),
-                    ty_args=[relax.TensorType(list(array.shape), str(array.dtype))],
+                    *map(relax.prim_value, (index, byte) if byte else (index,)),
+                    ty_args=[relax.TensorType(list(shape), str(arrays[index].dtype))],
                 )
             )
-        return fetched[index]
+        return fetched[place]
 
     # Kernels are in the other builder's module: their types are told, not inferred.
-    with builder.function(name, [*params, pool] if arrays else params):
+    attrs = dict(graph.func.attrs or {})
+    with builder.function(name, [*params, pool] if arrays else params, attrs):
         with builder.dataflow():
             for (var, value), place in zip(graph.bindings, places, strict=True):
                 new = graph.renew(value)

@@ -1,10 +1,11 @@
 """The compiler's five phases.
 
-1. graph     prune to the last timestep, fold, merge (`mega_tvm.passes`)
+1. graph     prune to the last timestep, fold, merge (`mega_tvm.passes`, `mega_tvm.cuda.passes`)
 2. kernels   legalize to TensorIR: Mega's operators to their naive PrimFuncs, all others by TVM
 3. schedule  a schedule for every PrimFunc; nothing stays as it was written
 4. pack      weights into the layouts that the schedules want, and out of the module
-5. lower     one run function an entry (`mega_tvm.aot`), the same for the Relax VM, and LLVM code
+5. lower     one run function an entry (`mega_tvm.aot`), the same for the Relax VM, and LLVM code;
+             for GPUs the VM's alone, and CUDA code (`mega_tvm.cuda.lowering`)
 
 Packing stands behind scheduling, since a schedule's decisions choose the layout.
 """
@@ -40,7 +41,10 @@ from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE, keep_c_functions_private
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
+from .passes.carry_state import states_of, without_state
+from .symbolic_entry import BATCH, FIXED, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
+from .tuning.lookup import TunedSchedules
 
 PHASES = ("graph", "kernels", "schedule", "pack", "lower")
 SCHEDULE_ATTR = "mega.schedule"
@@ -57,8 +61,11 @@ class Compiled:
         For a GPU, only the VM's.
     tensors : list of array
         The packed constants.
-    workspaces : dict of str to int
-        Bytes of workspace that ``<entry>__run`` takes; on a GPU, that all entries take.
+    workspaces : dict of str to dict
+        Bytes of workspace that ``<entry>__run`` takes, by region: see `mega_tvm.symbolic_entry`; on
+        a GPU, bytes that all entries take.
+    states : dict of str to list
+        Of an entry that carries state, ``kind`` and ``width`` of each array, in order.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries); for a GPU also ``launches``, the
@@ -69,7 +76,8 @@ class Compiled:
 
     executable: Any
     tensors: list[npt.NDArray[Any]]
-    workspaces: dict[str, int]
+    workspaces: dict[str, dict[str, int]]
+    states: dict[str, list[dict[str, Any]]]
     kernels: list[dict[str, Any]]
     seconds: dict[str, float]
 
@@ -81,7 +89,8 @@ class Compiled:
             return self._run_on_gpu(entry, x)
         function = self.executable.mod.get_function(entry + RUN_SUFFIX, query_imports=True)
         block = tensor_block(self.tensors)
-        workspace = np.zeros(self.workspaces[entry], np.uint8)
+        sizes = dict(zip((BATCH, SEQ_LEN), x.shape, strict=False))
+        workspace = np.zeros(workspace_bytes(self.workspaces[entry], sizes), np.uint8)
         output = np.full(out_shape, np.nan, np.float32)
         arguments = [tvm.runtime.tensor(array) for array in (x, block, workspace, output)]
         function(*arguments)
@@ -101,9 +110,11 @@ def run_pipeline(
     mod: tvm.IRModule,
     target: CpuTarget | CudaTarget,
     *,
+    tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    on_scheduled: Callable[[], None] = lambda: None,
 ) -> Compiled:
     """Compile a Relax module.
 
@@ -112,12 +123,17 @@ def run_pipeline(
     mod : tvm.IRModule
         As a frontend gives it: one Relax function an entry.
     target : CpuTarget or CudaTarget
+        A CudaTarget takes entries of known shapes alone, without state.
+    tuned : TunedSchedules, optional
+        Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
         Names from `mega_tvm.passes.OPTIONAL_PASSES`.
     debug_dump : Path, optional
         A folder for the module after each phase, and the generated assembly.
     on_phase : callable
         Called with each phase's name as it starts.
+    on_scheduled : callable
+        Called after the schedule phase; what it raises ends the compile before its slow phases.
 
     Raises
     ------
@@ -145,26 +161,29 @@ def run_pipeline(
     with tvm_target:
         passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
+        states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
-        mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled))
+        mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled, tuned))
+        on_scheduled()
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         if isinstance(target, CudaTarget):
             entries = _entry_names(mod)
             executable, workspace = phase("lower", lambda: lower_cuda(mod, target))
-            workspaces = dict.fromkeys(entries, max(workspace, 1))
+            workspaces = {entry: {FIXED: max(workspace, 1)} for entry in entries}
             for kernel in kernels:
                 kernel["launches"] = _launches(kernel["name"], launch_threads(executable))
         else:
             mod, workspaces = add_run_functions(mod, tensors)
+            mod = without_state(mod)
             executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None and isinstance(target, CudaTarget):
         _write(debug_dump / "5_lower.cu", generated_source(executable))
     elif debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         _write(debug_dump / "5_lower.s", assembly)
-    return Compiled(executable, tensors, workspaces, kernels, seconds)
+    return Compiled(executable, tensors, workspaces, states, kernels, seconds)
 
 
 def check_pass_names(names: Collection[str]) -> None:
@@ -204,7 +223,7 @@ def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
     left = sorted(
         {
             str(call.op.name)
-            for _, call in _calls(mod)
+            for _, call in calls_of(mod)
             if isinstance(call.op, Op) and str(call.op.name) not in _LOWERED_LATER
         }
     )
@@ -220,7 +239,10 @@ _LOWERED_LATER = frozenset({"relax.call_tir", "relax.reshape"})
 
 
 def schedule_phase(
-    mod: tvm.IRModule, target: tvm.target.Target, scheduled: dict[str, ScheduledKernel]
+    mod: tvm.IRModule,
+    target: tvm.target.Target,
+    scheduled: dict[str, ScheduledKernel],
+    tuned: TunedSchedules | None = None,
 ) -> tvm.IRModule:
     """Schedule every PrimFunc; ``scheduled`` is filled with Mega's kernels, by name."""
     functions = dict(mod.functions_items())
@@ -232,10 +254,15 @@ def schedule_phase(
             generic = generic_cuda_schedule if target.kind.name == "cuda" else generic_schedule
             new = generic(func, target).with_attr(SCHEDULE_ATTR, "generic")
         else:
-            kernel = hand_schedule(func, target)
-            scheduled[gvar.name_hint] = kernel
+            name, source = str(gvar.name_hint), "hand"
+            if tuned is None:
+                kernel = hand_schedule(func, target)
+            else:
+                kernel = tuned.schedule(name, func, target)
+                source = tuned.outcomes[name].source
+            scheduled[name] = kernel
             marks = {key: func.attrs[key] for key in ("mega.op", SPEC_ATTR)}
-            new = kernel.func.with_attr({**marks, SCHEDULE_ATTR: "hand"})
+            new = kernel.func.with_attr({**marks, SCHEDULE_ATTR: source})
         mod.update_func(gvar, new)
     return mod
 
@@ -260,7 +287,7 @@ def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     return relax.build(mod, target, relax_pipeline=to_vm, tir_pipeline=CPU_PIPELINE)
 
 
-def _calls(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
+def calls_of(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
     """Yield every bound call of every Relax function, with the function's name."""
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function):
@@ -284,7 +311,7 @@ def _launches(kernel: str, threads: Mapping[str, int]) -> list[dict[str, Any]]:
 
 def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
     calls = Counter(
-        call.args[0].name_hint for _, call in _calls(mod) if call.op == Op.get("relax.call_tir")
+        call.args[0].name_hint for _, call in calls_of(mod) if call.op == Op.get("relax.call_tir")
     )
     kernels = []
     for gvar, func in mod.functions_items():

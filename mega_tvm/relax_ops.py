@@ -1,22 +1,26 @@
 """Mega's own Relax operators, registered from Python.
 
 The graph phase works on these: ``R.mega.dense``, ``R.mega.layer_norm``, ``R.mega.ema_scan``,
-``R.mega.attention`` and ``R.mega.last_timestep``. Each infers its type, and legalizes to the naive
-PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the whole of the kernel phase.
+``R.mega.attention``, ``R.mega.cached_attention`` and ``R.mega.last_timestep``. Each infers its
+type, and legalizes to the naive PrimFunc of its kernel, so that TVM's own ``LegalizeOps`` is the
+whole of the kernel phase.
 
 Weights are constants, float64 until the graph phase has folded all that it folds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tvm
-from tvm import relax, te, topi
+from tvm import relax, te
 from tvm.ir import Op, register_op_attr
 from tvm.ir.expr import GenericConst
 
+from schedules.cached_attention.naive import CachedAttentionSpec
+from schedules.cached_attention.naive import cached_attention as naive_cached_attention
+from schedules.common.dims import Dim, Extent
 from schedules.common.spec import KernelSpec
 from schedules.dense.naive import DenseSpec
 from schedules.dense.naive import dense as naive_dense
@@ -27,13 +31,39 @@ from schedules.laplace_attention.naive import LaplaceAttentionSpec, laplace_atte
 from schedules.layer_norm.naive import LayerNormSpec
 from schedules.layer_norm.naive import layer_norm as naive_layer_norm
 
-Shape = tuple[int, ...]
+from .errors import UnsupportedModelError
+
+Shape = tuple[Extent, ...]
 Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
 def shape_of(expr: relax.Expr) -> Shape:
-    """Return the static shape of a tensor expression."""
-    return tuple(int(dim) for dim in expr.ty.shape)
+    """Return the shape of a tensor expression: numbers, and expressions where it is symbolic."""
+    return extents(expr.ty.shape)
+
+
+def extents(shape: Iterable[Extent]) -> Shape:
+    """Return a shape with its constants as Python's numbers."""
+    return tuple(int(dim) if isinstance(dim, tvm.tirx.IntImm) else dim for dim in shape)
+
+
+def dims_of(shape: Iterable[Extent]) -> tuple[Dim, ...]:
+    """Return a shape as a specification holds it: numbers and names.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a dimension is symbolic, but no variable alone.
+    """
+    dims: list[Dim] = []
+    for extent in extents(shape):
+        if not isinstance(extent, int | tvm.tirx.Var):
+            raise UnsupportedModelError(
+                f"a tensor of the model has the symbolic dimension {extent}; symbolic entries "
+                "support batch and seq_len themselves, no terms of them"
+            )
+        dims.append(extent if isinstance(extent, int) else str(extent.name))
+    return tuple(dims)
 
 
 def _tensor(shape: Sequence[int]) -> relax.TensorType:
@@ -81,7 +111,7 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     k, n = shape_of(call.args[1])
     sigmoid_from = int(call.attrs["sigmoid_from"])
     spec = DenseSpec(
-        lead=shape_of(call.args[0])[:-1],
+        lead=dims_of(shape_of(call.args[0])[:-1]),
         k=k,
         n=n,
         residual=len(call.args) == 4,
@@ -114,7 +144,7 @@ def dense(
 def _legalize_layer_norm(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     *lead, n = shape_of(call.args[0])
     spec = LayerNormSpec(
-        lead=tuple(lead),
+        lead=dims_of(lead),
         n=n,
         eps=float(call.attrs["eps"]),
         affine=len(call.args) == 3,
@@ -146,18 +176,23 @@ def layer_norm(
 
 
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    spec = EmaScanSpec(*shape_of(call.args[0]))
+    batch, seq_len, channels = dims_of(shape_of(call.args[0]))
+    spec = EmaScanSpec(batch, seq_len, int(channels), carried=len(call.args) == 3)
     return _call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 
 _EMA_SCAN = _register(
-    "ema_scan", ["p", "decay"], lambda call: shape_of(call.args[0]), _legalize_ema_scan
+    "ema_scan", ["p", "decay", "state"], lambda call: shape_of(call.args[0]), _legalize_ema_scan
 )
 
 
-def ema_scan(p: relax.Expr, decay: relax.Expr) -> relax.Call:
-    """Return ``h_t = decay * h_{t-1} + p_t`` along axis 1 of ``p [B, T, D]``."""
-    return relax.Call(_EMA_SCAN, [p, decay])
+def ema_scan(p: relax.Expr, decay: relax.Expr, state: relax.Expr | None = None) -> relax.Call:
+    """Return ``h_t = decay * h_{t-1} + p_t`` along axis 1 of ``p [B, T, D]``.
+
+    ``h_{-1}`` is ``state [B, padded(D)]``, or 0 without one; the kernel replaces the state by
+    ``h_{T-1}``.
+    """
+    return relax.Call(_EMA_SCAN, [p, decay] if state is None else [p, decay, state])
 
 
 # attention --------------------------------------------------------------------------------------
@@ -175,7 +210,7 @@ def _legalize_attention(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     fields = {f"{name}_stride": shape[2] for name, shape in shapes.items()}
     fields |= {f"{name}_offset": int(call.attrs[f"{name}_offset"]) for name in OPERANDS}
     fields |= {"width": int(call.attrs["width"]), "value_width": int(call.attrs["value_width"])}
-    sizes = (*shapes["q"][:2], shapes["k"][1])
+    sizes = dims_of((*shapes["q"][:2], shapes["k"][1]))
     fields |= dict(zip(("batch", "q_len", "k_len"), sizes, strict=True))
     if call.attrs["laplace"]:
         laplace = LaplaceAttentionSpec(**fields)
@@ -207,6 +242,49 @@ def attention(
     return relax.Call(_ATTENTION, list(operands), attrs)
 
 
+# cached_attention -------------------------------------------------------------------------------
+
+
+def _infer_cached_attention(call: relax.Call) -> Shape:
+    batch, q_len, _ = shape_of(call.args[0])
+    return batch, q_len, int(call.attrs["value_width"])
+
+
+def _legalize_cached_attention(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    q, k, cache = (dims_of(shape_of(call.args[i])) for i in (0, 1, -1))
+    spec = CachedAttentionSpec(
+        batch=q[0],
+        new_len=k[1],
+        q_len=q[1],
+        max_len=cache[1],
+        width=int(q[2]),
+        value_width=int(call.attrs["value_width"]),
+        shared=len(call.args) == 4,
+        scale=float(call.attrs["scale"]),
+    )
+    return _call_kernel(bb, spec, naive_cached_attention(spec), call)
+
+
+_CACHED_ATTENTION = _register(
+    "cached_attention",
+    ["q", "k", "v", "lengths", "cache"],
+    _infer_cached_attention,
+    _legalize_cached_attention,
+)
+
+
+def cached_attention(
+    operands: Sequence[relax.Expr], *, value_width: int, scale: float
+) -> relax.Call:
+    """Return the softmax attention of ``(q, k[, v], lengths, cache)``.
+
+    The kernel appends the new keys and values to the cache first, see `CachedAttentionSpec`; the
+    keys are the values too where there is no ``v``.
+    """
+    attrs = _attrs(value_width=value_width, scale=tvm.tirx.FloatImm("float64", scale))
+    return relax.Call(_CACHED_ATTENTION, list(operands), attrs)
+
+
 # last_timestep ----------------------------------------------------------------------------------
 
 
@@ -216,10 +294,9 @@ def _infer_last_timestep(call: relax.Call) -> Shape:
 
 
 def _legalize_last_timestep(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    length = shape_of(call.args[0])[1]
-
     def last_timestep(x: te.Tensor) -> te.Tensor:
-        return topi.strided_slice(x, [length - 1], [length], [1], axes=[1])
+        batch, length, *rest = x.shape
+        return te.compute((batch, 1, *rest), lambda b, _, *i: x[(b, length - 1, *i)], "last")
 
     return bb.call_te(last_timestep, call.args[0])
 

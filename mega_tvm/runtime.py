@@ -6,13 +6,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import concurrent.futures
 import os
-import platform
-import threading
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,73 +16,40 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
+from mega_tvm.artifact_format import open_artifact, pinned, read_library, read_manifest_from
+from mega_tvm.entries import Entry, EntryRunner, Frame, as_argument
 from mega_tvm.errors import (
     DamagedArtifactError,
     IncompatibleArtifactError,
     InputError,
     MegaError,
 )
-from mega_tvm.inputs import (
-    CPU,
-    aligned_empty,
-    as_array,
-    dtype_message,
-    is_aligned,
-    non_finite,
-)
-from mega_tvm.manifest_schema import ALIGNMENT
+from mega_tvm.host import check_cpu, check_version
+from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
+from mega_tvm.library_image import load_image
+from mega_tvm.permissions import warn_if_writable_by_all
 from mega_tvm.runtime_library import (
     RuntimeLibrary,
     available_cpus,
-    load_module,
     runtime_library,
 )
+from mega_tvm.stream import Stream, make_stream
+from mega_tvm.symbolic_entry import SymbolicEntry
 from mega_tvm.tensor_memory import Tensors, load_tensors
+from mega_tvm.window import Window, make_window
+
+__all__ = ["Entry", "Model", "load"]
 
 _POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One shape that a model was compiled for.
-
-    Parameters
-    ----------
-    name : str
-        The function in the library.
-    input_shape, output_shape : tuple of int
-        ``[B, T, embed]`` and ``[B, hidden]``, both float32.
-    workspace : int
-        Bytes that a call needs for intermediates.
-    """
-
-    name: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    workspace: int
-
-
-class _Scratch:
-    """One thread's memory for one entry: a workspace, and an input for arrays to copy into."""
-
-    def __init__(self, entry: Entry) -> None:
-        workspace = aligned_empty((-(-entry.workspace // 4),)).view(np.uint8)
-        self.workspace = tvm_ffi.from_dlpack(workspace, require_alignment=ALIGNMENT)
-        self._shape = entry.input_shape
-
-    @functools.cached_property
-    def x(self) -> npt.NDArray[np.float32]:
-        """The input."""
-        return aligned_empty(self._shape)
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Model:
     """A loaded model. Make one with `load`.
 
-    A model may be called from several threads at once: each has a workspace of its own, and all
-    share the code and the tensors.
+    A model may be called from several threads at once: each call has memory of its own, and all
+    share the code and the tensors. Other Python threads run while kernels do.
 
     Parameters
     ----------
@@ -114,15 +77,22 @@ class Model:
         self._tensors = tensors
         self._library = library
         self._num_threads = num_threads
-        self._local = threading.local()
         self._entries = tuple(
             Entry(
                 e["name"], tuple(e["input"]["shape"]), tuple(e["output"]["shape"]), e["workspace"]
             )
             for e in manifest["entries"]
         )
-        self._by_shape = {entry.input_shape: entry for entry in self._entries}
-        self._functions = {entry.name: self._function(entry) for entry in self._entries}
+        block = tensors.block
+        self._runners = {
+            entry.input_shape: EntryRunner(entry, self._function(entry.name), block)
+            for entry in self._entries
+        }
+        symbolic = map(SymbolicEntry.of, manifest.get("symbolic_entries", []))
+        # Each with its function, and the frames that all its shapes share.
+        self._symbolic: tuple[tuple[SymbolicEntry, Any, list[Frame]], ...] = tuple(
+            (entry, self._function(entry.name), []) for entry in symbolic
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -135,6 +105,21 @@ class Model:
         return self._entries
 
     @property
+    def symbolic_entries(self) -> tuple[SymbolicEntry, ...]:
+        """What runs batches and lengths that no entry of `entries` has; may be empty."""
+        return tuple(entry for entry, _, _ in self._symbolic)
+
+    def entry_at(self, shape: tuple[int, ...]) -> Entry:
+        """Return what runs an input of some shape: an entry of it alone, else a symbolic one's.
+
+        Raises
+        ------
+        InputError
+            If none does; the message lists what there is.
+        """
+        return self._runner_at(shape).entry
+
+    @property
     def num_threads(self) -> int:
         """How many threads a call uses, the caller's included."""
         return self._num_threads
@@ -145,64 +130,115 @@ class Model:
         return self._tensors.views
 
     def __repr__(self) -> str:
-        shapes = ", ".join(str(list(entry.input_shape)) for entry in self._entries)
+        shapes = ", ".join(self._shapes())
         return f"<mega_tvm.Model {str(self._path)!r}: {shapes}, num_threads={self._num_threads}>"
 
-    def __call__(self, x: Any, *, check_finite: bool = False) -> npt.NDArray[np.float32]:
+    def __call__(
+        self, x: Any, *, out: Any = None, check_finite: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Run the model.
 
         Parameters
         ----------
         x : array
-            float32, of one of the shapes in `entries`: a NumPy array, or anything on the CPU that
-            exports DLPack. It is read in place if it is C-contiguous, writable and aligned to 64
-            bytes, and copied otherwise.
+            float32, of one of the shapes in `entries`, or within the limits of one of
+            `symbolic_entries`: a NumPy array, or anything on the CPU that exports DLPack. Where it
+            is larger than 32 KiB, C-contiguous, writable and aligned to 64 bytes, it is read in
+            place; it is copied otherwise.
+        out : array, optional
+            Takes the result: float32, of the entry's output shape, writable; with any strides and
+            alignment. It may overlap ``x``, and is left alone if the call fails.
         check_finite : bool, default False
             Refuse NaN and infinity, which propagate to the output otherwise.
 
         Returns
         -------
         ndarray
-            float32, with memory of its own.
+            float32: an array with memory of its own, or the memory of ``out``. Libraries that read
+            DLPack take it without a copy (``torch.from_dlpack(y)``).
 
         Raises
         ------
         InputError
-            If ``x`` has another shape or dtype, or is not an array on the CPU.
+            If ``x`` or ``out`` has another shape or dtype, or is not an array on the CPU.
         """
-        array = as_array(x)
-        entry = self._entry(array.shape)
-        if array.dtype != np.float32:  # '>f4' differs too
+        array = x if type(x) is np.ndarray else as_array(x)
+        runner = self._runners.get(array.shape) or self._runner_at(array.shape)
+        # The same object nearly always; '>f4' differs too.
+        if array.dtype is not _FLOAT32 and array.dtype != _FLOAT32:
             raise InputError(dtype_message(array.dtype))
         if check_finite and not np.isfinite(array).all():
             raise InputError(f"expected finite values, found {non_finite(array)}")
-        flags = array.flags
-        if not (flags.c_contiguous and flags.writeable and is_aligned(array)):
-            buffer = self._scratch(entry).x
-            np.copyto(buffer, array)
-            array = buffer
-        output = aligned_empty(entry.output_shape)
+        target = None if out is None else as_output(out, runner.entry.output_shape)
         self._library.use_threads(self._num_threads)
-        arguments = (
-            tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT),
-            self._tensors.block,
-            self._scratch(entry).workspace,
-            tvm_ffi.from_dlpack(output, require_alignment=ALIGNMENT),
-        )
         try:
-            status = self._functions[entry.name](*arguments)
+            result = runner(array, target)
         except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
             ) from error
-        if status != 0:
-            raise MegaError(f"{self._path}: a kernel of {entry.name} failed: out of memory")
-        return output
+        except MemoryError as error:
+            raise MegaError(
+                f"an input of shape {list(array.shape)} needs {runner.entry.workspace:,} bytes of "
+                "workspace, which this process cannot have; split the batch"
+            ) from error
+        if result is None:
+            raise MegaError(f"{self._path}: a kernel of {runner.entry.name} failed: out of memory")
+        return result
 
     def warmup(self) -> None:
-        """Run each entry once on zeros, so that the first real call finds code and pages ready."""
-        for entry in self._entries:
-            self(np.zeros(entry.input_shape, np.float32))
+        """Run each entry once on zeros, so that the first real call finds code and pages ready.
+
+        A symbolic entry runs at its least shape. With several threads all run in a thread of their
+        own: the calling one keeps no workers, which a process that is forked now would lack.
+        """
+        if self._num_threads == 1:
+            return self._run_each()
+        with concurrent.futures.ThreadPoolExecutor(1, "mega_tvm-warmup") as thread:
+            thread.submit(self._run_each).result()
+
+    def _run_each(self) -> None:
+        for shape in (*self._runners, *(entry.least_shape for entry in self.symbolic_entries)):
+            self(np.zeros(shape, np.float32))
+
+    def stream(
+        self, batch: int = 1, *, max_len: int | None = None, on_full: str = "error"
+    ) -> Stream:
+        """Return a stream: the model fed frame by frame, its state kept. See `mega_tvm.stream`.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Rows that are fed together, each with a length of its own.
+        max_len : int, optional
+            Frames that a row may have; the longest compiled ``seq_len`` by default. It sets the
+            memory: about ``batch * max_len * hidden * num_layers * 4`` bytes.
+        on_full : {"error", "slide"}
+            At ``max_len`` frames a step is an error, or attention sees the last ``max_len`` ones.
+
+        Raises
+        ------
+        StreamUnsupportedError
+            If the model cannot stream.
+        """
+        return make_stream(self, batch, max_len, on_full)
+
+    def window(self, batch: int = 1, *, seq_len: int | None = None) -> Window:
+        """Return a window: the model run on the last frames, at each frame. See `mega_tvm.window`.
+
+        Parameters
+        ----------
+        batch : int, default 1
+            Rows whose frames come together.
+        seq_len : int, optional
+            Frames of the window; those of the first compiled shape by default.
+
+        Raises
+        ------
+        InputError
+            If the model does not run that shape.
+        """
+        return make_window(self, batch, seq_len)
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine that computes the same, kernel by kernel.
@@ -231,54 +267,53 @@ class Model:
         """
         self._library.use_threads(self._num_threads)
         tensors = (self.tensors,) if len(self.tensors) else ()
-        return function(tvm_ffi.from_dlpack(x, require_alignment=ALIGNMENT), *tensors)
+        return function(as_argument(x), *tensors)
 
     def fetch(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
         """Copy a tensor that a machine computed."""
         return np.from_dlpack(tensor).copy()
 
-    def _entry(self, shape: tuple[int, ...]) -> Entry:
-        entry = self._by_shape.get(shape)
-        if entry is None:
-            raise InputError(self._shape_message(shape))
-        return entry
-
-    def _function(self, entry: Entry) -> Any:
+    def _function(self, name: str) -> Any:
         try:
-            return self._module.get_function(f"{entry.name}__run", query_imports=True)
+            return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:
-            raise self._missing(entry) from error
+            raise self._missing(name) from error
 
-    def _missing(self, entry: Entry) -> DamagedArtifactError:
+    def _missing(self, name: str) -> DamagedArtifactError:
         return DamagedArtifactError(
-            f"{self._path}: the manifest names an entry {entry.name!r}, which the library "
+            f"{self._path}: the manifest names an entry {name!r}, which the library "
             "does not hold; compile the model again"
         )
 
-    def _scratch(self, entry: Entry) -> _Scratch:
-        """Return the calling thread's memory for an entry."""
-        scratches: dict[str, _Scratch] | None = getattr(self._local, "scratches", None)
-        if scratches is None:
-            scratches = self._local.scratches = {}
-        scratch = scratches.get(entry.name)
-        if scratch is None:
-            scratch = scratches[entry.name] = _Scratch(entry)
-        return scratch
+    def _runner_at(self, shape: tuple[int, ...]) -> EntryRunner:
+        if (runner := self._runners.get(shape)) is not None:
+            return runner
+        for symbolic, function, idle in self._symbolic:
+            if (sizes := symbolic.sizes(shape)) is not None:
+                output, workspace = symbolic.output_at(sizes), symbolic.workspace_at(sizes)
+                entry = Entry(symbolic.name, shape, output, workspace, symbolic=True)
+                return EntryRunner(entry, function, self._tensors.block, idle)
+        raise InputError(self._shape_message(shape))
 
     def _shape_message(self, found: tuple[int, ...]) -> str:
-        shapes = [str(list(shape)) for shape in self._by_shape]
-        if len(shapes) > _SHAPES_IN_MESSAGES:
-            shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
         return (
-            f"expected an array of shape {' or '.join(shapes)}, found {list(found)}; reshape it, "
-            "or compile the model for this batch and length"
+            f"expected an array of shape {' or '.join(self._shapes())}, found {list(found)}; "
+            "reshape it, or compile the model for this batch and length"
         )
 
+    def _shapes(self) -> list[str]:
+        """Return what shapes run, for people."""
+        shapes = [str(list(shape)) for shape in self._runners]
+        if len(shapes) > _SHAPES_IN_MESSAGES:
+            shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
+        return shapes + [str(entry) for entry in self.symbolic_entries]
 
-def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
+
+def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | None = None) -> Model:
     """Load a compiled model.
 
-    The file is checked whole before any code of it runs.
+    The file is opened once and checked whole before any code of it runs, and what runs is what was
+    checked. It is not needed afterwards. A compiled model is code: load what you trust.
 
     Parameters
     ----------
@@ -287,6 +322,9 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
     num_threads : int, default 1
         Threads that a call may use, the caller's included. More than the process has CPUs are
         not used, with a warning. With one, no thread is started.
+    sha256 : str, optional
+        Digest of the file, in hex, from a place that you trust: another file is refused before
+        anything of it is used. Without it, a file that every user can write gives a warning.
 
     Returns
     -------
@@ -300,32 +338,35 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1) -> Model:
         If its bytes are not what the compiler wrote.
     IncompatibleArtifactError
         If it is not for this CPU or GPU or these versions, or a runtime library is not found.
+    UntrustedArtifactError
+        If ``sha256`` is given, and is not the file's.
     """
     threads = _check_num_threads(num_threads)
     path = Path(os.path.abspath(path))
     name = str(path)
-    with open_artifact(path) as file:
+    with open_artifact(path) as opened:
+        if sha256 is None:
+            warn_if_writable_by_all(path, os.fstat(opened.fileno()), "pass its digest, sha256=...")
+        file = opened if sha256 is None else pinned(opened, name, sha256)
         manifest = read_manifest_from(file, name)
-        _check_cpu(name, manifest)
-        _check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
-        check_library(file, name, manifest)
+        check_cpu(name, manifest)
+        check_version(name, "apache-tvm-ffi", manifest["versions"]["tvm_ffi"], tvm_ffi.__version__)
+        image = read_library(file, name, manifest)
         tensors = load_tensors(file, name, manifest)
-        library = runtime_library(path.parent)
-        if library.version is not None:
-            _check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
-        device = None
-        if manifest["target"]["kind"] == "cuda":
-            from mega_tvm.cuda.device import Device
+    library = runtime_library(path.parent)
+    if library.version is not None:
+        check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
+    device = None
+    if manifest["target"]["kind"] == "cuda":
+        from mega_tvm.cuda.device import Device
 
-            device = Device(name, manifest["target"], library.path.parent)
-        try:
-            module = load_module(path)
-        except Exception as error:  # the loader's, which are RuntimeError and others
-            raise IncompatibleArtifactError(
-                f"{name}: the library is whole, but TVM cannot load it: {error}"
-            ) from error
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise DamagedArtifactError(f"{name}: was replaced while it was loaded; load it again")
+        device = Device(name, manifest["target"], library.path.parent)
+    try:
+        module = load_image(image)
+    except Exception as error:  # the loader's, which are RuntimeError and others
+        raise IncompatibleArtifactError(
+            f"{name}: the library is whole, but cannot be loaded: {error}"
+        ) from error
     if device is not None:
         from mega_tvm.cuda.model import CudaModel
 
@@ -344,48 +385,3 @@ def _check_num_threads(num_threads: int) -> int:
             stacklevel=3,
         )
     return min(num_threads, cpus)
-
-
-def _check_cpu(name: str, manifest: dict[str, Any]) -> None:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise IncompatibleArtifactError(
-            f"{name}: expected an x86-64 CPU, found {platform.machine()}; "
-            "compile the model for this machine"
-        )
-    needed = manifest["target"]["cpu_features"]
-    found = _cpu_flags()
-    if missing := [feature for feature in needed if feature not in found]:
-        raise IncompatibleArtifactError(
-            f"{name}: compiled for {manifest['target']['name']}, but this CPU lacks "
-            f"{', '.join(missing)}; compile the model for this machine (--target native there), "
-            "or for a target that has less"
-        )
-    if "amx_tile" in needed:
-        _request_amx(name)
-
-
-def _cpu_flags() -> set[str]:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    return set()
-
-
-def _request_amx(name: str) -> None:
-    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for the whole process.
-    arguments = (ctypes.c_long(number) for number in (158, 0x1023, 18))
-    if ctypes.CDLL(None, use_errno=True).syscall(*arguments) != 0:
-        raise IncompatibleArtifactError(
-            f"{name}: uses AMX tiles, which this kernel does not grant "
-            f"({os.strerror(ctypes.get_errno())}); Linux 5.16 or newer is needed"
-        )
-
-
-def _check_version(name: str, package: str, expected: str, found: str) -> None:
-    # Releases that differ in their first two numbers may differ in their binary interface.
-    if expected.split(".")[:2] != found.split(".")[:2]:
-        raise IncompatibleArtifactError(
-            f"{name}: compiled with {package} {expected}, found {found}; "
-            f"install {package}=={expected}, or compile the model again"
-        )

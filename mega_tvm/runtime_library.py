@@ -4,21 +4,27 @@ TVM keeps one thread pool per calling thread. It starts at the first parallel lo
 more than one thread, and its size is fixed then. So a pool starts with one thread for each CPU of
 the process, of which a call uses as many as its model asks for; the others sleep. A call that asks
 for one thread runs its loops in place and starts no pool.
+
+A fork copies the pool of the forking thread, but not its workers, and TVM cannot give that pool up:
+its destructor waits for ever on a condition variable where they slept. So a forked child refuses to
+use such a pool, and ends without destructors.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import tvm_ffi
 
 from mega_tvm.errors import IncompatibleArtifactError, MegaError
+from mega_tvm.permissions import warn_if_writable_by_all
 
 LIBRARY = "libtvm_runtime.so"
 VARIABLE = "MEGA_TVM_RUNTIME"
@@ -32,6 +38,10 @@ _SPECIFY_THREAD_SHARE_ALL_CORE = -3
 # Yields of a worker before it sleeps: measured 1 ms, which spans the serial gaps within a call.
 # TVM's default, 300000, keeps a core busy for over 150 ms after each call. Waking takes some 30 us.
 _SPIN_COUNT = "2000"
+_FORK_ADVICE = (
+    "use num_threads=1, or run the model only in other threads than the one that forks (warmup "
+    "does), or start processes with multiprocessing's 'spawn' method"
+)
 
 
 class RuntimeLibrary:
@@ -69,6 +79,9 @@ class RuntimeLibrary:
         self._num_threads = num_threads
         self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
         self._local = threading.local()
+        self._ends_early = False
+        os.register_at_fork(after_in_child=self._after_fork)
+        atexit.register(self._at_exit)
 
     def use_threads(self, count: int) -> None:
         """Let the calling thread's next parallel loops use this many threads.
@@ -87,9 +100,8 @@ class RuntimeLibrary:
         pid = os.getpid()
         if getattr(self._local, "state", (pid, 0))[0] != pid:
             raise MegaError(
-                f"this process was forked after a model had run on {self._local.state[1]} threads, "
-                "which are gone; use num_threads=1, or call the model from a new thread, "
-                "or start processes with multiprocessing's 'spawn' method"
+                f"this process was forked after its thread had run a model on "
+                f"{self._local.state[1]} threads, which are gone; {_FORK_ADVICE}"
             )
         # Read when the pool starts. Bound threads would also widen the caller's own CPU set.
         os.environ.setdefault("TVM_BIND_THREADS", "0")
@@ -104,9 +116,35 @@ class RuntimeLibrary:
             )
         self._local.state = (pid, count)
 
+    def _after_fork(self) -> None:
+        self._ends_early = hasattr(self._local, "state")
+
+    def _at_exit(self) -> None:
+        """End a forked child that would hang in its pool's destructor."""
+        if not self._ends_early:
+            return
+        if "logging" in sys.modules:  # its handler was registered before, and is due after this one
+            sys.modules["logging"].shutdown()
+        with contextlib.suppress(OSError, ValueError):  # closed streams
+            sys.stdout.flush()
+            print(
+                "mega_tvm: this process ends with status 1 in place of a hang: it was forked by a "
+                f"thread that had run a model on several threads; {_FORK_ADVICE}, or end it by "
+                "os._exit, as multiprocessing does",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)  # the interpreter does not tell which status was meant
+
 
 _loaded: RuntimeLibrary | None = None
 _lock = threading.Lock()
+# Another thread may hold it when this one forks.
+os.register_at_fork(
+    before=lambda: _lock.acquire(),
+    after_in_parent=lambda: _lock.release(),
+    after_in_child=lambda: _lock.release(),
+)
 
 
 def runtime_library(beside: Path) -> RuntimeLibrary:
@@ -129,7 +167,12 @@ def runtime_library(beside: Path) -> RuntimeLibrary:
     global _loaded
     with _lock:
         if _loaded is None:
-            _loaded = RuntimeLibrary(*(_mapped() or _find(beside)))
+            found = _mapped()
+            if found is None:
+                found = _find(beside)
+                advice = f"set {VARIABLE} to another copy"
+                warn_if_writable_by_all(found[0], os.stat(found[0]), advice)
+            _loaded = RuntimeLibrary(*found)
         return _loaded
 
 
@@ -160,11 +203,8 @@ def _find(beside: Path) -> tuple[Path, str | None]:
         return path, None
     if (beside / LIBRARY).is_file():
         return beside / LIBRARY, None
-    distribution = _distribution()
-    if distribution is not None:
-        path = Path(str(distribution.locate_file(f"tvm/lib/{LIBRARY}")))
-        if path.is_file():
-            return path, distribution.version
+    if (installed := installed_runtime()) is not None:
+        return installed
     raise IncompatibleArtifactError(
         f"TVM's runtime library, {LIBRARY}, is not found: {VARIABLE} is not set, there is none in "
         f"{beside}, and apache-tvm is not installed here; copy it from tvm/lib of the apache-tvm "
@@ -172,30 +212,12 @@ def _find(beside: Path) -> tuple[Path, str | None]:
     )
 
 
-def _distribution() -> importlib.metadata.Distribution | None:
+def installed_runtime() -> tuple[Path, str] | None:
+    """Return the runtime library of an installed ``apache-tvm``, and its version."""
     # Metadata, since `import tvm` takes seconds and loads the compiler.
     try:
-        return importlib.metadata.distribution("apache-tvm")
+        distribution = importlib.metadata.distribution("apache-tvm")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def load_module(path: Path) -> Any:
-    """Load a compiled library, also where another file was loaded from the same path before.
-
-    The dynamic loader knows libraries by the path they were asked for, so it would hand out the old
-    file after a new one has replaced it. A path that is spelled differently is looked up anew; the
-    loader still recognises a file that is the same.
-    """
-    status = os.stat(path)
-    identity = (status.st_dev, status.st_ino)
-    with _lock:
-        spellings = _spellings.setdefault(path, [])
-        if identity not in spellings:
-            spellings.append(identity)
-        dots = "./" * spellings.index(identity)
-    # ModuleGlobalsAdd would keep the library for the life of the process.
-    return tvm_ffi.load_module(f"{path.parent}/{dots}{path.name}", keep_module_alive=False)
-
-
-_spellings: dict[Path, list[tuple[int, int]]] = {}
+    path = Path(str(distribution.locate_file(f"tvm/lib/{LIBRARY}")))
+    return (path, distribution.version) if path.is_file() else None

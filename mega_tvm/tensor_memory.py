@@ -55,8 +55,8 @@ def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tens
         count = int(np.prod(item["shape"], dtype=np.int64))
         array = np.frombuffer(blob, item["dtype"], count, item["offset"]).reshape(item["shape"])
         views.append(tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT))
-    # Without tensors, kernels read none: any byte will do.
-    block = np.frombuffer(blob, np.uint8) if len(blob) else aligned_empty((1,)).view(np.uint8)
+    # Without tensors, kernels read none: any byte will do, and they expect one.
+    block = np.frombuffer(blob, np.uint8) if len(blob) else aligned_empty((1,)).view(np.uint8)[:1]
     return Tensors(tvm_ffi.from_dlpack(block, require_alignment=ALIGNMENT), tvm_ffi.Array(views))
 
 

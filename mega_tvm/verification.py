@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mega_tvm.errors import InputError
 from mega_tvm.runtime import Entry, Model, load
+from mega_tvm.symbolic_entry import probe_shapes
 from mega_tvm.tolerances import TOLERANCES, compare
 from mega_tvm.tracing import Localization, localize
 from mega_tvm.verify_inputs import (
@@ -25,6 +27,7 @@ from mega_tvm.verify_inputs import (
     meets_jump,
 )
 from mega_tvm.verify_report import ORACLE, STORED, Check, Skipped, VerifyReport
+from mega_tvm.verify_stream import check_stream
 from mega_tvm.weights import load_checkpoint, params_digest
 from reference import MegaConfig, numpy_mega
 
@@ -69,7 +72,8 @@ class Subject:
             "weights": self.weights,
             "digest": manifest["weights"]["digest"],
             **{f"config.{name}": getattr(self.config, name) for name in _OPTIONS},
-            "entries": [f"{e.name} {list(e.input_shape)}" for e in self.model.entries],
+            "entries": [f"{e.name} {list(e.input_shape)}" for e in self.model.entries]
+            + [f"{e.name} {e}" for e in self.model.symbolic_entries],
             "golden": [str(golden.path) for golden in self.golden],
             "threads": self.model.num_threads,
         }
@@ -83,6 +87,8 @@ def verify_artifact(
     num_threads: int = 1,
 ) -> VerifyReport:
     """Compare a compiled model with the float64 oracle at every entry.
+
+    Symbolic entries run at a few odd shapes.
 
     Parameters
     ----------
@@ -134,10 +140,11 @@ def prepare(
     files = [load_golden(Path(file)) for file in golden]
     for file in files:
         if _entry_of(model, file) is None:
-            shapes = " or ".join(str(list(entry.input_shape)) for entry in model.entries)
+            shapes = [str(list(entry.input_shape)) for entry in model.entries]
+            shapes += map(str, model.symbolic_entries)
             raise VerificationError(
                 f"{file.path}: its input {list(file.x.shape)} and output {list(file.y.shape)} fit "
-                f"no entry; expected an input of shape {shapes}"
+                f"no entry; expected an input of shape {' or '.join(shapes)}"
             )
     given = {file.path.resolve() for file in files}
     files += [file for file in inside if file.path.resolve() not in given]
@@ -148,20 +155,21 @@ def run(
     subject: Subject, on_case: Callable[[int, int, str], None] = lambda index, total, name: None
 ) -> VerifyReport:
     """Compare; ``on_case`` is told the number, the total and the name of each case at its start."""
-    total = len(INPUTS) * len(subject.model.entries) + len(subject.golden)
+    model = subject.model
+    total = len(INPUTS) * len(model.entries) + len(_odd(model)) + len(subject.golden)
     checks: list[Check] = []
     skipped: list[Skipped] = []
     localization: Localization | None = None
     for index, (case, entry, x, stored) in enumerate(_cases(subject)):
-        on_case(index, total, f"{case}, {entry.name}" if entry else case)
+        on_case(index, total, f"{case}, {entry.label}" if entry else case)
         if entry is None:
             reason = f"the artifact has no entry for its shape {list(x.shape)}"
             skipped.append(Skipped(case, "", reason))
             continue
-        actual = subject.model(x)
+        actual = model(x)
         if stored is not None:
-            parity = compare(actual, stored, subject.model.metadata["dtype"])
-            checks.append(Check(case, entry.name, STORED, parity))
+            parity = compare(actual, stored, model.metadata["dtype"])
+            checks.append(Check(case, entry.label, STORED, parity))
         found = _against_oracle(subject, case, entry, x, actual)
         if isinstance(found, Skipped):
             skipped.append(found)
@@ -169,27 +177,43 @@ def run(
         checks.append(found)
         if not found.parity.ok and localization is None:
             localization = localize(
-                subject.model,
+                model,
                 subject.params,
                 case,
                 entry.name,
                 x,
                 condition=found.condition,
             )
+    stream = check_stream(model, subject.config, subject.params)
+    checks += [] if stream is None else [stream]
     return VerifyReport(subject.settings(), tuple(checks), tuple(skipped), localization)
 
 
 def _cases(subject: Subject) -> Iterator[tuple[str, Entry | None, Input, Array | None]]:
     for entry, (case, make) in itertools.product(subject.model.entries, INPUTS.items()):
         yield case, entry, make(entry.input_shape), None
+    for entry in _odd(subject.model):
+        yield ORDINARY, entry, INPUTS[ORDINARY](entry.input_shape), None
     for golden in subject.golden:
         yield golden.path.name, _entry_of(subject.model, golden), golden.x, golden.y
 
 
 def _entry_of(model: Model, golden: Golden) -> Entry | None:
-    shapes = (golden.x.shape, golden.y.shape)
-    fits = (e for e in model.entries if (e.input_shape, e.output_shape) == shapes)
-    return next(fits, None)
+    try:
+        entry = model.entry_at(golden.x.shape)
+    except InputError:
+        return None
+    return entry if entry.output_shape == golden.y.shape else None
+
+
+def _odd(model: Model) -> list[Entry]:
+    """Return shapes that only symbolic entries run."""
+    entries = [
+        model.entry_at(shape)
+        for symbolic in model.symbolic_entries
+        for shape in probe_shapes(symbolic)
+    ]
+    return [entry for entry in entries if entry.symbolic]
 
 
 def _against_oracle(
@@ -200,26 +224,26 @@ def _against_oracle(
     expected = numpy_mega.forward(config, params, x, intermediates=seen)
     if meets_jump(config, x, seen):
         reason = "a row's variance lies at 1e-5, where Axon 0.8.0's layer norm jumps"
-        return Skipped(case, entry.name, reason)
+        return Skipped(case, entry.label, reason)
     parity = compare(actual, expected, dtype)
     if parity.ok or case == ORDINARY:
-        return Check(case, entry.name, ORACLE, parity)
+        return Check(case, entry.label, ORACLE, parity)
     # Computed only now, since it runs the oracle three times more, and can only widen the bounds.
     ordinary = INPUTS[ORDINARY](entry.input_shape)
     usual = float32_error(config, params, ordinary, numpy_mega.forward(config, params, ordinary))
     here = float32_error(config, params, x, expected)
     if here > _NOTHING_LEFT:
         reason = f"float32 is not enough for these inputs: NumPy's errs by {here:.2g} of the output"
-        return Skipped(case, entry.name, reason)
+        return Skipped(case, entry.label, reason)
     if not 0 < usual < here:
-        return Check(case, entry.name, ORACLE, parity)
+        return Check(case, entry.label, ORACLE, parity)
     condition = here / usual
     reason = (
         f"NumPy's float32 errs {condition:.3g} times as much on these inputs as on random ones "
         f"(relative RMS {here:.2e} and {usual:.2e}): they amplify rounding"
     )
     parity = compare(actual, expected, dtype, condition=condition)
-    return Check(case, entry.name, ORACLE, parity, condition, reason)
+    return Check(case, entry.label, ORACLE, parity, condition, reason)
 
 
 def _weights(
@@ -229,10 +253,11 @@ def _weights(
     origin = manifest["weights"] or {}
     kind = origin.get("kind")
     if kind == "module" or manifest["config"] is None:
+        what = origin.get("class") or origin.get("path") or "of an unknown class"
         raise VerificationError(
-            f"{path}: was compiled from a module ({origin.get('class', 'of an unknown class')}), "
-            "for which there is no oracle: such a module is compared with its own float64 run "
-            "when it is compiled, and `python -m mega_tvm.inspect` shows the result"
+            f"{path}: was compiled from a module ({what}), for which there is no oracle: such a "
+            "module is compared with its own float64 run when it is compiled, and `python -m "
+            "mega_tvm.inspect` shows the result"
         )
     config = MegaConfig.from_dict(manifest["config"])
     if weights is None and kind == "seed":

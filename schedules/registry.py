@@ -9,6 +9,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.target import Target
 
+from .cached_attention import cpu as cached_attention_cpu
 from .common.kernel import ScheduledKernel
 from .common.script_parsing import quick_parser_lookup
 from .common.spec import OP_ATTR
@@ -37,6 +38,7 @@ class KernelSchedule(Protocol):
 
 
 CPU: dict[str, KernelSchedule] = {
+    "cached_attention": cached_attention_cpu,
     "dense": dense_cpu,
     "ema_scan": ema_scan_cpu,
     "gated_attention": gated_attention_cpu,
@@ -63,6 +65,25 @@ def kernel_op(func: tirx.PrimFunc) -> str | None:
     return str(func.attrs[OP_ATTR]) if func.attrs and OP_ATTR in func.attrs else None
 
 
+def sample_decisions(func: tirx.PrimFunc, target: Target) -> Schedule:
+    """Sample the decisions of a naive Mega kernel: the defaults, with what a search may choose.
+
+    Raises
+    ------
+    KeyError
+        If the PrimFunc is no Mega kernel (ask `kernel_op` first), or none for such targets.
+    """
+    sch = Schedule(tvm.IRModule({"main": func}))
+    _kernel_schedule(func, target).schedule(sch, target)
+    return sch
+
+
+def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Write out the TensorIR that the decisions noted on a naive Mega kernel select."""
+    with quick_parser_lookup():
+        return _kernel_schedule(func, target).generate(func, target)
+
+
 def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     """Schedule a naive Mega kernel with its default decisions.
 
@@ -71,8 +92,8 @@ def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     KeyError
         If the PrimFunc is no Mega kernel (ask `kernel_op` first), or none for such targets.
     """
-    kernel = SCHEDULES[str(target.kind.name)][kernel_op(func) or ""]
-    sch = Schedule(tvm.IRModule({"main": func}))
-    kernel.schedule(sch, target)
-    with quick_parser_lookup():
-        return kernel.generate(sch.mod["main"], target)
+    return generate(sample_decisions(func, target).mod["main"], target)
+
+
+def _kernel_schedule(func: tirx.PrimFunc, target: Target) -> KernelSchedule:
+    return SCHEDULES[str(target.kind.name)][kernel_op(func) or ""]

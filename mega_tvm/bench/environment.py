@@ -39,7 +39,7 @@ def thread_environment(threads: int) -> dict[str, str]:
     return found
 
 
-def pin(threads: int, arguments: Sequence[str]) -> None:
+def pin(threads: int, arguments: Sequence[str], module: str = "mega_tvm.bench") -> None:
     """Bind this process to ``threads`` cores and restart it with `thread_environment`.
 
     Most libraries read their thread count when they are loaded, and this package's parents may
@@ -49,7 +49,8 @@ def pin(threads: int, arguments: Sequence[str]) -> None:
     ----------
     threads : int
     arguments : sequence of str
-        The command line of ``python -m mega_tvm.bench``, given to the new process.
+        The command line of ``python -m MODULE``, given to the new process.
+    module : str
 
     Raises
     ------
@@ -63,7 +64,7 @@ def pin(threads: int, arguments: Sequence[str]) -> None:
         raise ValueError(f"--threads must be 1 to {len(cores)} on this machine; got {threads}")
     os.sched_setaffinity(0, cores[:threads])
     environment = {**os.environ, **thread_environment(threads)}
-    command = [sys.executable, "-m", "mega_tvm.bench", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     os.execve(sys.executable, command, environment)
 
 

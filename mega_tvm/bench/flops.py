@@ -48,8 +48,12 @@ def kernel_flops(op: str, spec: Mapping[str, Any]) -> int:
     op : str
         The kernel's folder in ``schedules/``.
     spec : mapping
-        Fields of its ``KernelSpec``.
+        Fields of its ``KernelSpec``. Where it has dimensions that only a call brings, the result
+        is 0: it cannot be told.
     """
+    sizes = (*spec.get("lead", ()), *(spec.get(name) for name in ("batch", "seq_len", "q_len")))
+    if any(isinstance(size, str) for size in sizes):
+        return 0
     if op == "dense":
         return 2 * math.prod(spec["lead"]) * int(spec["k"]) * int(spec["n"])
     if op == "ema_scan":

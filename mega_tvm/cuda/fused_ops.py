@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import tvm
 from tvm import relax
 
+from schedules.common.dims import known
 from schedules.ema_scan_dense.naive import EmaScanDenseSpec
 from schedules.ema_scan_dense.naive import ema_scan_dense as naive_ema_scan_dense
 from schedules.normed_dense.naive import NormedDenseSpec
 from schedules.normed_dense.naive import normed_dense as naive_normed_dense
 
-from ..relax_ops import Shape, _attrs, _call_kernel, _infer_dense, _register, shape_of
+from ..relax_ops import Shape, _attrs, _call_kernel, _infer_dense, _register, dims_of, shape_of
 
 
 def _legalize_normed_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     k, n = shape_of(call.args[1])
     spec = NormedDenseSpec(
-        lead=shape_of(call.args[0])[:-1],
+        lead=dims_of(shape_of(call.args[0])[:-1]),
         k=k,
         n=n,
         residual=len(call.args) == 4,
@@ -51,7 +52,7 @@ def _infer_ema_scan_dense(call: relax.Call) -> Shape:
 
 
 def _legalize_ema_scan_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    batch, seq_len, channels = shape_of(call.args[0])
+    batch, seq_len, channels = known(dims_of(shape_of(call.args[0])))
     n = shape_of(call.args[2])[1]
     spec = EmaScanDenseSpec(batch, seq_len, channels, n, residual=len(call.args) == 5)
     return _call_kernel(bb, spec, naive_ema_scan_dense(spec), call)

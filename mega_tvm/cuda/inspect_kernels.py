@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mega_tvm.artifact_format import check_library, open_artifact, read_manifest_from
+from mega_tvm.artifact_format import open_artifact, read_library, read_manifest_from
 from mega_tvm.errors import MegaError
 
 from .machine_code import KernelCode, read_kernels
@@ -101,9 +101,7 @@ def inspect_kernels(path: Path) -> KernelsReport:
     """
     with open_artifact(path) as file:
         manifest = read_manifest_from(file, str(path))
-        check_library(file, str(path), manifest)
-        file.seek(0)
-        library = file.read(manifest["library"]["bytes"])
+        library = read_library(file, str(path), manifest)
     if manifest["target"]["kind"] != "cuda":
         raise MegaError(
             f"{path}: --kernels reads machine code for GPUs; this library is for "

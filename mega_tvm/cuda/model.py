@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
+from mega_tvm.entries import Entry
 from mega_tvm.errors import DamagedArtifactError, InputError
-from mega_tvm.inputs import CPU, as_array, dtype_message, non_finite
-from mega_tvm.runtime import Entry, Model
+from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
+from mega_tvm.runtime import Model
 from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.tensor_memory import Tensors
 
@@ -44,10 +45,11 @@ class CudaModel(Model):
         self._turn = threading.Lock()
         self._machine = _machine(module)
         super().__init__(path, manifest, module, tensors, library, num_threads)
+        self._functions = {entry.name: self._function(entry.name) for entry in self.entries}
         # The device has them now.
         self._tensors = Tensors(tensors.block, self._weights)
 
-    def __call__(self, x: Any, *, check_finite: bool = False) -> Any:
+    def __call__(self, x: Any, *, out: Any = None, check_finite: bool = False) -> Any:
         """Run the model.
 
         Parameters
@@ -56,35 +58,45 @@ class CudaModel(Model):
             float32, of one of the shapes in `entries`: a NumPy array or anything on the CPU that
             exports DLPack, which is copied to the device; or a tensor on the device that exports
             DLPack, C-contiguous, which is read in place.
+        out : array, optional
+            Takes the result, as in `Model`. For ``x`` on the CPU only.
         check_finite : bool, default False
-            Refuse NaN and infinity. For arrays on the CPU only.
+            Refuse NaN and infinity. For ``x`` on the CPU only.
 
         Returns
         -------
         ndarray or tvm_ffi.Tensor
-            float32, where ``x`` was: on the device it exports DLPack too, and is finished.
+            float32, where ``x`` was, or the memory of ``out``: on the device it exports DLPack too,
+            and is finished.
 
         Raises
         ------
         InputError
-            If ``x`` has another shape or dtype, or is neither on the CPU nor on the device.
+            If ``x`` or ``out`` has another shape or dtype, or is not where it can be.
         MegaError
             If the device has no memory left, or fails.
         """
         if not isinstance(x, np.ndarray) and _device_type(x) == CUDA:
-            if check_finite:
-                raise InputError("check_finite is for arrays on the CPU; check before the call")
+            if out is not None or check_finite:
+                raise InputError(
+                    "out and check_finite are for an x on the CPU; take what the call returns, and "
+                    "check before it"
+                )
             return self._run(self._on_device(x))
         array = as_array(x)
-        entry = self._entry(array.shape)
+        entry = self.entry_at(array.shape)
         if array.dtype != np.float32:
             raise InputError(dtype_message(array.dtype))
         if check_finite and not np.isfinite(array).all():
             raise InputError(f"expected finite values, found {non_finite(array)}")
+        target = None if out is None else as_output(out, entry.output_shape)
         with self._turn:
             output = self._compute(entry, self._device.upload(array))
             result: npt.NDArray[np.float32] = self._device.download(output)
-        return result
+        if target is None:
+            return result
+        target[...] = result
+        return target
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine of its own, for tracing."""
@@ -103,14 +115,14 @@ class CudaModel(Model):
         tensor = tvm_ffi.from_dlpack(x)
         if str(tensor.dtype) != "float32":
             raise InputError(f"expected float32, found {tensor.dtype}")
-        self._entry(tuple(tensor.shape))
+        self.entry_at(tuple(tensor.shape))
         if not tensor.is_contiguous():
             raise InputError("expected a C-contiguous tensor; torch: x.contiguous()")
         return tensor
 
     def _run(self, x: tvm_ffi.Tensor) -> tvm_ffi.Tensor:
         with self._turn:
-            output = self._compute(self._entry(tuple(x.shape)), x)
+            output = self._compute(self.entry_at(tuple(x.shape)), x)
             tvm_ffi.get_global_func("runtime.Device_StreamSync")(x.device, 0)
         return output
 
@@ -125,11 +137,11 @@ class CudaModel(Model):
         except RuntimeError as error:
             raise self._device.failure(error) from error
 
-    def _function(self, entry: Entry) -> Any:
+    def _function(self, name: str) -> Any:
         try:
-            return self._machine[entry.name]
+            return self._machine[name]
         except (AttributeError, ValueError) as error:
-            raise self._missing(entry) from error
+            raise self._missing(name) from error
 
 
 def _machine(module: tvm_ffi.Module) -> Any:

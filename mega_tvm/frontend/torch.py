@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import tvm
+from torch.export import Dim
 from tvm import relax
 from tvm.relax.frontend.torch import exported_program_translator as translator
 
@@ -23,6 +24,7 @@ from reference.numpy_mega import LAYER_NORM_EPS
 
 from .. import relax_ops
 from ..errors import UnsupportedModelError
+from ..symbolic_entry import BATCH, SEQ_LEN
 
 
 def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule:
@@ -45,7 +47,73 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
     UnsupportedModelError
         If the module cannot be exported, or holds operators that cannot be imported.
     """
-    program = _export(module, shape)
+    return _to_relax(module, _export(module, shape))
+
+
+_NO_LIMIT = 2**31
+Ranges = dict[str, tuple[int, int | None]]
+
+
+def import_symbolic(module: torch.nn.Module, shape: Sequence[int]) -> tuple[tvm.IRModule, Ranges]:
+    """Export a module for any batch and length and import it.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        As for `import_module`.
+    shape : sequence of int
+        An input's shape, ``[batch, seq_len, width]``. ``torch.export`` finds out by it which of the
+        first two dimensions the module leaves open; it wants two different numbers above 1.
+
+    Returns
+    -------
+    tvm.IRModule
+        One Relax function ``main``, whose open dimensions are the variables ``batch`` and
+        ``seq_len``. There is at least one.
+    dict of str to (int, int or None)
+        The least and the greatest value that the module allows for each.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the module leaves none open, or cannot be exported or imported so.
+    """
+    program = _export(module, shape, ({0: Dim.AUTO, 1: Dim.AUTO},))
+    main = _to_relax(module, program)["main"]
+    found = main.params[0].ty.shape
+    if any(not isinstance(dim, tvm.tirx.IntImm | tvm.tirx.Var) for dim in found):
+        raise UnsupportedModelError(f"{type(module).__name__} takes inputs of shape {list(found)}")
+    values: dict[tvm.tirx.Var, Any] = {}
+    ranges: Ranges = {}
+    for dim, symbol, name in zip(found, _input_shape(program), (BATCH, SEQ_LEN), strict=False):
+        if not isinstance(dim, tvm.tirx.Var):
+            continue
+        if symbol.node.expr in program.range_constraints:
+            values[dim] = tvm.tirx.Var(name, "int64")
+            ranges[name] = _range(program, symbol)
+        else:  # the module turned out to want this very number
+            values[dim] = tvm.tirx.const(int(symbol.node.expr), "int64")
+    if not ranges:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs at input shape {list(shape)}, and at no other"
+        )
+    return tvm.IRModule({"main": main.bind_symbolic_vars(values)}), ranges
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    (name,) = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name == name)
+    return tuple(node.meta["val"].shape)
+
+
+def _range(program: torch.export.ExportedProgram, dim: Any) -> tuple[int, int | None]:
+    found = program.range_constraints[dim.node.expr]
+    # The exporter starts from "2 or more", since a size of 1 may be meant to broadcast.
+    least = 1 if found.lower == 2 else int(found.lower)
+    return least, None if found.upper > _NO_LIMIT else int(found.upper)
+
+
+def _to_relax(module: torch.nn.Module, program: torch.export.ExportedProgram) -> tvm.IRModule:
     unsupported = unsupported_operators(program)
     if unsupported:
         raise UnsupportedModelError(
@@ -69,14 +137,18 @@ def import_module(module: torch.nn.Module, shape: Sequence[int]) -> tvm.IRModule
     return mod
 
 
-def _export(module: torch.nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
+def _export(
+    module: torch.nn.Module, shape: Sequence[int], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
     was_training = {part: part.training for part in module.modules()}  # parts may be frozen
     module.eval()
     try:
         example = torch.zeros(tuple(shape), dtype=torch.float32)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
-            program = torch.export.export(module, (example,), strict=False).run_decompositions()
+            program = torch.export.export(
+                module, (example,), dynamic_shapes=dynamic_shapes, strict=False
+            ).run_decompositions()
             result = program.call_spec.out_spec
     except Exception as error:
         first_line = (

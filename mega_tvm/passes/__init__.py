@@ -1,7 +1,7 @@
 """The graph phase: one rewrite a module, each a pass that can be switched off.
 
 ``GRAPH_PASSES`` is their order. ``canonicalize`` and ``narrow_weights`` change the form of the
-graph, not its arithmetic, and always run.
+graph, not its arithmetic, and always run; so does ``carry_state``, on the functions marked for it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import tvm
 
 from .canonicalize import canonicalize
+from .carry_state import carry_state
 from .fold_layer_norm import fold_layer_norm
 from .fold_scale import fold_scale
 from .fuse_epilogues import fuse_residual, fuse_sigmoid, fuse_swiglu
@@ -25,13 +26,14 @@ GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
     merge_query_key,
     prune_last_timestep,
     reassociate_values,
+    carry_state,
     merge_projections,
     fuse_swiglu,
     fuse_sigmoid,
     fuse_residual,
     narrow_weights,
 )
-REQUIRED_PASSES = frozenset({"canonicalize", "narrow_weights"})
+REQUIRED_PASSES = frozenset({"canonicalize", "carry_state", "narrow_weights"})
 OPTIONAL_PASSES = tuple(
     graph_pass.info.name
     for graph_pass in GRAPH_PASSES

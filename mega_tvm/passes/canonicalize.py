@@ -21,6 +21,7 @@ from tvm import relax
 from tvm.ir.expr import GenericConst
 
 from .. import relax_ops
+from ..errors import UnsupportedModelError
 from ..relax_ops import is_op, shape_of
 from .rewrite import Rule, Site, constant64, graph_pass, to_constant
 
@@ -157,11 +158,16 @@ def _take(site: Site) -> relax.Expr | None:
         return None
     extent = shape_of(x)[int(axis)]
     at = np.asarray(index.value.numpy())
-    timesteps = len(shape_of(x)) >= 3 and int(axis) == 1 and _is_float32(x)
-    if timesteps and at.ndim == 0 and at % extent == extent - 1:
+    last = at.ndim == 0 and (at == -1 or (isinstance(extent, int) and at == extent - 1))
+    if last and len(shape_of(x)) >= 3 and int(axis) == 1 and _is_float32(x):
         row = site.emit(relax_ops.last_timestep(x))
         return relax.op.reshape(row, shape_of(site.original))
     if (at < 0).any():
+        if not isinstance(extent, int):
+            raise UnsupportedModelError(
+                f"the model selects index {at.tolist()} of the symbolic dimension {extent}; "
+                "symbolic entries support the last timestep alone"
+            )
         positive = to_constant(np.where(at < 0, at + extent, at))
         return relax.op.take(x, positive, axis=int(axis), mode=str(site.call.attrs.mode))
     return None

@@ -37,7 +37,7 @@ def _rule() -> Rule:
     def compute(site: Site, x: relax.Var) -> relax.Expr:
         graph = site.graph
         call = graph.values.get(x)
-        roles = None if call is None or x in whole else _argument_roles(call)
+        roles = None if call is None or x in whole else argument_roles(call)
         if call is None or roles is None:
             return relax_ops.last_timestep(graph.renew(x))
         args = [
@@ -57,7 +57,7 @@ def _rule() -> Rule:
     return rule
 
 
-def _argument_roles(call: relax.Expr) -> list[str] | None:
+def argument_roles(call: relax.Expr) -> list[str] | None:
     """Say what the last timestep of a call's result needs of each argument.
 
     ``"last"``: its last timestep; ``"whole"``: all of it, as keys and weights. None if the call
@@ -94,7 +94,7 @@ def _needed_whole(graph: Graph) -> set[relax.Var]:
         if is_op(value, "mega.last_timestep"):
             roles: list[str] | None = ["last"]
         else:
-            roles = None if var in whole else _argument_roles(value)
+            roles = None if var in whole else argument_roles(value)
         for index, arg in enumerate(getattr(value, "args", [value])):
             used = set(variables(arg))
             touched |= used

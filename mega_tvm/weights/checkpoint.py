@@ -49,7 +49,8 @@ class Checkpoint:
     source : Path, optional
         The file they came from.
     format : str, default "memory"
-        That file's format: ``"nx"``, ``"safetensors"``, ``"npz"`` or ``"torch"``.
+        That file's format: ``"nx"``, ``"safetensors"``, ``"npz"``, ``"torch"`` or
+        ``"onnx"``.
     metadata : dict
         What the file says beyond its tensors.
     warnings : tuple of str

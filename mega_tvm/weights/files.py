@@ -19,6 +19,7 @@ from .assemble import as_float32, assemble, check_shapes
 from .checkpoint import Checkpoint, Params
 from .npz import encode_npz, read_npz
 from .nx import read_nx
+from .onnx_file import read_onnx
 from .safetensors_file import encode_safetensors, read_safetensors
 from .stored import StoredCheckpoint
 from .torch_file import read_torch
@@ -28,6 +29,7 @@ _READERS: dict[str, Callable[[bytes], StoredCheckpoint]] = {
     "safetensors": read_safetensors,
     "npz": read_npz,
     "torch": read_torch,
+    "onnx": read_onnx,
 }
 _WRITERS: dict[str, Callable[[MegaConfig, Params], bytes]] = {
     ".safetensors": encode_safetensors,
@@ -39,6 +41,7 @@ SUFFIXES = {
     ".npz": "npz",
     ".pt": "torch",
     ".pth": "torch",
+    ".onnx": "onnx",
 }
 
 
@@ -56,7 +59,7 @@ def load_checkpoint(
     Parameters
     ----------
     path : path-like
-        A ``.nx``, ``.safetensors``, ``.npz``, ``.pt`` or ``.pth`` file.
+        A ``.nx``, ``.safetensors``, ``.npz``, ``.pt``, ``.pth`` or ``.onnx`` file.
     options : mapping, optional
         Options of `MegaConfig` by name.
     config : MegaConfig, optional
@@ -89,7 +92,7 @@ def detect_format(path: str | os.PathLike[str]) -> str:
     Returns
     -------
     str
-        ``"nx"``, ``"safetensors"``, ``"npz"`` or ``"torch"``.
+        ``"nx"``, ``"safetensors"``, ``"npz"``, ``"torch"`` or ``"onnx"``.
 
     Raises
     ------

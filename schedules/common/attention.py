@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from tvm import te, tirx
 
+from .dims import Dim, DimVars
 from .spec import KernelSpec
 
 ATTENTION_EPS = 1e-8
@@ -22,7 +23,7 @@ class AttentionSpec(KernelSpec):
 
     Parameters
     ----------
-    batch, q_len, k_len : int
+    batch, q_len, k_len : int or str
         Query rows are the last ``q_len`` of ``k_len`` positions.
     width, value_width : int
         Columns of queries and keys, and of values, gate and output.
@@ -34,9 +35,9 @@ class AttentionSpec(KernelSpec):
         Factor of the scores; 1 where it was folded into weights. Softmax only.
     """
 
-    batch: int
-    q_len: int
-    k_len: int
+    batch: Dim
+    q_len: Dim
+    k_len: Dim
     width: int
     value_width: int
     q_stride: int
@@ -75,7 +76,7 @@ def naive_attention(
         Takes the tensors that hold queries and keys, returns the unnormalized ``[B, q_len, k_len]``
         weights.
     """
-    B, Q, K = spec.batch, spec.q_len, spec.k_len
+    B, Q, K = DimVars().shape((spec.batch, spec.q_len, spec.k_len))
     q = te.placeholder((B, Q, spec.q_stride), "float32", "q")
     k = te.placeholder((B, K, spec.k_stride), "float32", "k")
     v = te.placeholder((B, K, spec.v_stride), "float32", "v")

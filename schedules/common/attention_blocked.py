@@ -2,13 +2,14 @@
 
 1. Keys are transposed into panels ``[width, panel]``, so that a vector holds one component of a
    vector's worth of keys.
-2. The grid is (batch, query block). A block walks over the key panels; within a panel, register
-   tiles of ``tile_q`` queries by one panel of keys accumulate their scores over the width. A panel
-   of keys and values (128 KB at width 256) stays in L2 for all tiles of the block.
-3. Scores become weights a row at a time (the one step in which the two forms differ).
+2. The grid is (batch, query block). A block walks over spans of ``span_panels`` key panels; within
+   a span, register tiles of ``tile_q`` queries by one panel of keys accumulate their scores over
+   the width. A panel of keys and values takes 128 KB at width 256, and a span of them stays in L2
+   for all tiles of the block.
+3. Scores of a span become weights a row at a time (the one step in which the two forms differ).
 4. Weights times values: register tiles of ``tile_q`` queries by one group of value columns
-   accumulate over the panel's keys, onto the block's running output.
-5. After the last panel: division by the sum of weights, and the gate.
+   accumulate over the span's keys, onto the block's running output.
+5. After the last span: times the inverse of the sum of weights, and the gate.
 
 Memory beside inputs and output: the transposed keys, and per thread one block of output. A causal
 form skips panels, and keys within a panel, that no query of a tile may see.
@@ -23,19 +24,20 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
-
-# Components that are transposed together, a cache line of a key.
-PACK = 16
+from .dims import DimVars, ceil_div
+from .row_tiles import RowTiles, opaque
+from .transpose import transposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
-    """Sizes of tiles: vector lanes, queries and vectors of a tile, queries of a block."""
+    """Sizes: vector lanes, queries and vectors of a tile, panels of a span, tiles of a block."""
 
     lanes: int
     tile_q: int
     panel_vectors: int
-    block_q: int
+    span_panels: int
+    block_tiles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Scoring:
     start : inline
         ``(peak, total, r)``: reset the running values of row ``r``.
     weigh : inline
-        ``(s, peak, total, rescale, r, i, first, limit)``: turn the scores ``s[i, :]`` of the keys
-        ``first, first + 1, ...`` into weights; those at ``limit`` and beyond become 0. Updates the
-        running values of row ``r``, and stores in ``rescale[0]`` the factor by which the row's
-        earlier output must shrink.
+        ``(s, peak, total, rescale, r, i, first, limit, vectors)``: turn the scores ``s[i, :]`` of
+        the keys ``first, first + 1, ...``, so many vectors of them, into weights; those at
+        ``limit`` and beyond become 0. Updates the running values of row ``r``, and stores in
+        ``rescale[i]`` the factor by which the row's earlier output must shrink.
     rescales : bool
         Whether ``rescale`` can differ from 1.
     causal : bool
@@ -71,40 +73,54 @@ class Scoring:
 
 def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring) -> tirx.PrimFunc:
     """Return the blocked kernel ``(q, k, v[, gate], out)``."""
-    B, Q, K, W, V = spec.batch, spec.q_len, spec.k_len, spec.width, spec.value_width
-    L, tile_q, block_q = blocking.lanes, blocking.tile_q, blocking.block_q
+    dims = DimVars()
+    B, Q, K = dims.shape((spec.batch, spec.q_len, spec.k_len))
+    W, V, L = spec.width, spec.value_width, blocking.lanes
+    tile_q = min(blocking.tile_q, Q) if isinstance(Q, int) else blocking.tile_q
     panel = blocking.panel_vectors * L
-    panels = -(-K // panel)
-    blocks = -(-Q // block_q)
+    span_panels = blocking.span_panels
+    if isinstance(K, int):
+        span_panels = min(span_panels, ceil_div(K, panel))
+    span = span_panels * panel
     first_pos = K - Q  # position of query row 0
-    tile_rows = Q // tile_q * tile_q
-    last_rows = Q - tile_rows
+    block_rows = blocking.block_tiles * tile_q  # of a block's memory
+    hide = opaque if not isinstance(Q, int) else lambda value: value
     group = min(panel, V // L * L) if L <= V else V  # value columns of a register tile
     groups, tail = V // group, V % group
+    step = min(L, group)
     q_off, k_off, v_off, g_off = spec.q_offset, spec.k_offset, spec.v_offset, spec.gate_offset
     has_gate, causal, rescales = spec.has_gate, scoring.causal, scoring.rescales
     accumulate, start, weigh = scoring.accumulate, scoring.start, scoring.weigh
 
     @T.inline
     def pack_columns(k, kt, b, p, d0, n):
-        # n components of every key of a panel: 64 lines of kt at a time, which stay in L1
-        for j in T.serial(T.min(panel, K - p * panel)):
+        # n components of every key of a panel, an element at a time
+        for j in T.serial(panel):
             for d in T.serial(n):
-                kt[b, p, d0 + d, j] = k[b, p * panel + j, k_off + d0 + d]
-        for j in T.serial(T.max(0, (p + 1) * panel - K)):
-            for d in T.serial(n):
-                kt[b, p, d0 + d, panel - 1 - j] = T.float32(0)
+                kt[b, p, d0 + d, j] = k[b, T.min(p * panel + j, K - 1), k_off + d0 + d]
+
+    @T.inline
+    def store_column(kt, square, b, p, d, j):
+        kt[b, p, d, T.Ramp(j, 1, L)] = square
+
+    def pack_square(k, kt, b, p, d0, j0):
+        # L components of L keys. Behind the last key it stands again: nobody looks at it.
+        keys = [T.min(p * panel + j0 + j, K - 1) for j in range(L)]
+        rows = [k[b, key, T.Ramp(k_off + d0, 1, L)] for key in keys]
+        for d, column in enumerate(transposed(rows)):
+            store_column(kt, column, b, p, d0 + d, j0)
 
     @T.inline
     def pack_panel(k, kt, b, p):
-        for c in T.serial(W // PACK):
-            pack_columns(k, kt, b, p, c * PACK, PACK)
-        if W % PACK > 0:
-            pack_columns(k, kt, b, p, W - W % PACK, W % PACK)
+        for j in T.serial(panel // L):
+            for c in T.serial(W // L):
+                pack_square(k, kt, b, p, c * L, j * L)
+        if W % L > 0:
+            pack_columns(k, kt, b, p, W - W % L, W % L)
 
     @T.inline
-    def score(q, kt, s, b, row, p, n_rows, vectors):
-        # s[:, :vectors * L] = scores of the first keys of the panel
+    def score(q, kt, s, b, row, p, at, n_rows, vectors):
+        # s[:, at:at + vectors * L] = scores of the first keys of panel p
         acc = T.alloc_buffer((n_rows, vectors * L), "float32", scope="local")
         for i in T.unroll(n_rows):
             for lane in T.vectorized(vectors * L):
@@ -121,11 +137,11 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         for i in T.unroll(n_rows):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
-                    s[i, j * L + lane] = acc[i, j * L + lane]
+                    s[i, at + j * L + lane] = acc[i, j * L + lane]
 
     @T.inline
-    def mix_group(s, v, o, b, r, p, n_keys, n_rows, col, n, step):
-        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns. A panel is summed by
+    def mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, col, n, step):
+        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns. A span is summed by
         # itself first: one chain of additions over all keys would round like one.
         acc = T.alloc_buffer((n_rows, n), "float32", scope="local")
         for i in T.unroll(n_rows):
@@ -138,108 +154,129 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                     for lane in T.vectorized(step):
                         acc[i, j * step + lane] = (
                             acc[i, j * step + lane]
-                            + s[i, key] * v[b, p * panel + key, v_off + col + j * step + lane]
+                            + s[i, key] * v[b, first + key, v_off + col + j * step + lane]
                         )
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
-                if p == 0:
+                if first == 0:
                     for lane in T.vectorized(step):
                         o[r + i, col + j * step + lane] = acc[i, j * step + lane]
                 else:
                     for lane in T.vectorized(step):
-                        o[r + i, col + j * step + lane] = (
-                            o[r + i, col + j * step + lane] + acc[i, j * step + lane]
-                        )
+                        if rescales:
+                            o[r + i, col + j * step + lane] = (
+                                o[r + i, col + j * step + lane] * rescale[i]
+                                + acc[i, j * step + lane]
+                            )
+                        else:
+                            o[r + i, col + j * step + lane] = (
+                                o[r + i, col + j * step + lane] + acc[i, j * step + lane]
+                            )
 
     @T.inline
-    def mix(s, v, o, b, r, p, n_keys, n_rows):
+    def mix(s, v, o, rescale, b, r, first, n_keys, n_rows):
         for c in T.serial(groups):
-            mix_group(s, v, o, b, r, p, n_keys, n_rows, c * group, group, min(L, group))
+            mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, c * group, group, step)
         if tail >= L:
-            mix_group(s, v, o, b, r, p, n_keys, n_rows, groups * group, tail // L * L, L)
+            at = T.meta_var(groups * group)
+            mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, at, tail // L * L, L)
         if tail % L > 0:
-            mix_group(s, v, o, b, r, p, n_keys, n_rows, V - tail % L, tail % L, tail % L)
+            end = T.meta_var(V - tail % L)
+            mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, end, tail % L, tail % L)
 
     @T.inline
-    def tile(q, kt, v, s, o, peak, total, b, row, r, p, n_rows):
-        # Keys of this panel that the tile's last row may see.
-        seen = T.min(panel, (first_pos + row + n_rows if causal else K) - p * panel)
-        if seen > 0:
-            # On the diagonal, half a panel may do. More steps would gain little: at T = 60 the
-            # scores are half of 40 us.
-            if causal and panel >= 2 * L:
-                if seen <= panel // 2:
-                    score(q, kt, s, b, row, p, n_rows, panel // L // 2)
-                else:
-                    score(q, kt, s, b, row, p, n_rows, panel // L)
+    def score_panel(q, kt, s, b, row, p, at, n_rows, seen):
+        # On the diagonal, half a panel may do. More steps would gain little: at T = 60 the scores
+        # are half of 40 us.
+        if causal and panel >= 2 * L:
+            if seen <= panel // 2:
+                score(q, kt, s, b, row, p, at, n_rows, panel // L // 2)
             else:
-                score(q, kt, s, b, row, p, n_rows, panel // L)
-            for i in T.serial(n_rows):
-                rescale = T.alloc_buffer((1,), "float32", scope="local")
-                limit = T.meta_var(first_pos + row + i + 1 if causal else K)
-                weigh(s, peak, total, rescale, r + i, i, p * panel, limit)
-                if rescales:
-                    if p > 0:
-                        for d in T.serial(V // L):
-                            for lane in T.vectorized(L):
-                                o[r + i, d * L + lane] = o[r + i, d * L + lane] * rescale[0]
-                        if V % L > 0:
-                            for lane in T.vectorized(V % L):
-                                o[r + i, V - V % L + lane] = o[r + i, V - V % L + lane] * rescale[0]
-            mix(s, v, o, b, r, p, seen, n_rows)
+                score(q, kt, s, b, row, p, at, n_rows, panel // L)
+        else:
+            score(q, kt, s, b, row, p, at, n_rows, panel // L)
 
     @T.inline
-    def write(o, total, gate, out, b, row, r, col, n):
+    def tile(q, kt, v, s, o, peak, total, b, row, r, first, n_rows):
+        # Keys of this span that the tile's last row may see.
+        seen = T.meta_var(hide(T.min(span, (first_pos + row + n_rows if causal else K) - first)))
+        if seen > 0:
+            rescale = T.alloc_buffer((n_rows,), "float32", scope="local")
+            if span_panels == 1:
+                score_panel(q, kt, s, b, row, first // panel, 0, n_rows, seen)
+            else:
+                for p in T.serial((seen + panel - 1) // panel):
+                    at = T.meta_var(p * panel)
+                    score_panel(q, kt, s, b, row, first // panel + p, at, n_rows, seen - at)
+            for i in T.serial(n_rows):
+                limit = T.meta_var(first_pos + row + i + 1 if causal else K)
+                vectors = T.meta_var((seen + L - 1) // L)
+                weigh(s, peak, total, rescale, r + i, i, first, limit, vectors)
+            mix(s, v, o, rescale, b, r, first, seen, n_rows)
+
+    @T.inline
+    def write(o, inverse, gate, out, b, row, r, col, n):
         for lane in T.vectorized(n):
             if has_gate:
                 out[b, row, col + lane] = gate[b, row, g_off + col + lane] * (
-                    o[r, col + lane] / (total[r] + T.float32(ATTENTION_EPS))
+                    o[r, col + lane] * inverse[0]
                 )
             else:
-                out[b, row, col + lane] = o[r, col + lane] / (total[r] + T.float32(ATTENTION_EPS))
+                out[b, row, col + lane] = o[r, col + lane] * inverse[0]
 
     @T.inline
-    def block(q, kt, v, gate, out, b, row0):
-        o = T.alloc_buffer((block_q, V), "float32", scope="local")
-        s = T.alloc_buffer((tile_q, panel), "float32", scope="local")
-        peak = T.alloc_buffer((block_q,), "float32", scope="local")
-        total = T.alloc_buffer((block_q,), "float32", scope="local")
-        n_rows = T.min(block_q, Q - row0)
-        n_tiles = T.min(block_q, tile_rows - row0) // tile_q
+    def block(q, kt, v, gate, out, tiles, b, nth, block_tiles):
+        o = T.alloc_buffer((block_rows, V), "float32", scope="local")
+        s = T.alloc_buffer((tile_q, span), "float32", scope="local")
+        peak = T.alloc_buffer((block_rows,), "float32", scope="local")
+        total = T.alloc_buffer((block_rows,), "float32", scope="local")
+        first = T.meta_var(hide(nth * block_tiles))
+        n_tiles = T.meta_var(hide(T.min(block_tiles, tiles.count - first)))
+        row0 = T.meta_var(hide(tiles.start(first)))
+        n_rows = T.meta_var(hide(tiles.start(first + n_tiles) - row0))
         for r in T.serial(n_rows):
             start(peak, total, r)
         last_key = T.meta_var(first_pos + row0 + n_rows if causal else K)
-        for p in T.serial((last_key + panel - 1) // panel):
+        for p in T.serial(hide(ceil_div(last_key, span))):
             for t in T.serial(n_tiles):
-                tile(q, kt, v, s, o, peak, total, b, row0 + t * tile_q, t * tile_q, p, tile_q)
-            if last_rows > 0:
-                if row0 + block_q >= Q:
-                    tile(q, kt, v, s, o, peak, total, b, tile_rows, tile_rows - row0, p, last_rows)
+                row = T.meta_var(hide(tiles.start(first + t)))
+                r = T.meta_var(hide(row - row0))
+                tiles.emit(first + t, tile, q, kt, v, s, o, peak, total, b, row, r, p * span)
         for r in T.serial(n_rows):
+            inverse = T.alloc_buffer((1,), "float32", scope="local")
+            inverse[0] = T.float32(1) / (total[r] + T.float32(ATTENTION_EPS))
             for d in T.serial(V // L):
-                write(o, total, gate, out, b, row0 + r, r, d * L, L)
+                write(o, inverse, gate, out, b, row0 + r, r, d * L, L)
             if V % L > 0:
-                write(o, total, gate, out, b, row0 + r, r, V - V % L, V % L)
+                write(o, inverse, gate, out, b, row0 + r, r, V - V % L, V % L)
 
     @T.inline
     def body(q, k, v, gate, out):
-        kt = T.alloc_buffer((B, panels, W, panel), "float32")
+        panels = T.meta_var(hide(ceil_div(K, panel)))
+        kt = T.alloc_buffer((B, ceil_div(K, panel), W, panel), "float32")
+        tiles = T.meta_var(RowTiles(Q, tile_q))
+        # Two blocks at least, for two cores.
+        block_tiles = T.meta_var(hide(T.min(blocking.block_tiles, ceil_div(tiles.count, 2))))
+        blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
         for g in T.parallel(B * panels):
-            pack_panel(k, kt, g // panels, g % panels)
+            pack_panel(k, kt, hide(g // panels), hide(g % panels))
         for g in T.parallel(B * blocks):
             # Threads take contiguous ranges. A causal block costs more the later it lies: pairing
             # the first with the last, the second with the last but one, ... gives each range its
             # share.
             u = T.meta_var(g % blocks)
-            row0 = T.meta_var(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2) * block_q)
-            block(q, kt, v, gate, out, g // blocks, row0)
+            nth = T.meta_var(hide(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2)))
+            block(q, kt, v, gate, out, tiles, hide(g // blocks), nth, block_tiles)
 
-    return attention_prim_func(spec, body)
+    return attention_prim_func(spec, dims, body)
 
 
-def attention_prim_func(spec: AttentionSpec, body: Callable[..., None]) -> tirx.PrimFunc:
+def attention_prim_func(
+    spec: AttentionSpec, dims: DimVars, body: Callable[..., None]
+) -> tirx.PrimFunc:
     """Wrap ``body(q, k, v, gate, out)`` in the PrimFunc of a spec, with or without a gate."""
-    B, Q, K, V = spec.batch, spec.q_len, spec.k_len, spec.value_width
+    B, Q, K = dims.shape((spec.batch, spec.q_len, spec.k_len))
+    V = spec.value_width
     q_shape, k_shape, v_shape = (B, Q, spec.q_stride), (B, K, spec.k_stride), (B, K, spec.v_stride)
     gate_shape = (B, Q, spec.gate_stride)
     if spec.has_gate:

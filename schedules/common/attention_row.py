@@ -12,6 +12,7 @@ from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocked import Scoring, attention_prim_func
+from .dims import DimVars
 from .reduce import fold_max, fold_sum
 
 # Vectors of partial sums, which hide the latency of one FMA chain (4 cycles, 1 to 2 a cycle).
@@ -22,8 +23,9 @@ GROUP_VECTORS = 8
 
 def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.PrimFunc:
     """Return the kernel ``(q, k, v[, gate], out)`` for ``q_len == 1``."""
-    B, K, W, V = spec.batch, spec.k_len, spec.width, spec.value_width
-    L = lanes
+    dims = DimVars()
+    B, K = dims.shape((spec.batch, spec.k_len))
+    W, V, L = spec.width, spec.value_width, lanes
     while L > W or L > V:
         L //= 2
     wide = L * UNROLL
@@ -119,10 +121,7 @@ def row_attention(spec: AttentionSpec, lanes: int, scoring: Scoring) -> tirx.Pri
 
     @T.inline
     def body(q, k, v, gate, out):
-        if B > 1:
-            for b in T.parallel(B):
-                row(q, k, v, gate, out, b)
-        else:
-            row(q, k, v, gate, out, 0)
+        for b in T.parallel(B):
+            row(q, k, v, gate, out, b)
 
-    return attention_prim_func(spec, body)
+    return attention_prim_func(spec, dims, body)

@@ -34,10 +34,10 @@ from .cuda_threads import (
     MULTIPROCESSORS,
     SCHEDULERS,
     WARP,
-    ceil_div,
     lanes_max,
     lanes_sum,
 )
+from .dims import DimVars, ceil_div, known
 
 THREADS = 128
 ACROSS = 16  # threads that share a row
@@ -89,8 +89,9 @@ def estimated_cycles(spec: AttentionSpec, block_q: int, columns: int, instructio
     and 8 of them.
     """
     rows_a_thread = block_q // DOWN
-    blocks = spec.batch * ceil_div(spec.q_len, block_q) * ceil_div(spec.value_width, columns)
-    tiles = ceil_div(spec.k_len, TILE_KEYS)
+    batch, q_len, k_len = known((spec.batch, spec.q_len, spec.k_len))
+    blocks = batch * ceil_div(q_len, block_q) * ceil_div(spec.value_width, columns)
+    tiles = ceil_div(k_len, TILE_KEYS)
     score = rows_a_thread * THREAD_KEYS * FFMA_CYCLES * instructions + 2
     mix = rows_a_thread * columns / ACROSS * FFMA_CYCLES + columns / 64 + 1
     issue = tiles * (spec.width * score + TILE_KEYS * mix)
@@ -104,7 +105,8 @@ def tiled_attention(
     spec: AttentionSpec, chosen: Mapping[str, int], scoring: Scoring
 ) -> tirx.PrimFunc:
     """Return the kernel ``(q, k, v[, gate], out)``."""
-    B, Q, K, W, V = spec.batch, spec.q_len, spec.k_len, spec.width, spec.value_width
+    B, Q, K = known((spec.batch, spec.q_len, spec.k_len))
+    W, V = spec.width, spec.value_width
     BQ, BV = chosen["block_q"], chosen["columns"]
     TM = BQ // DOWN
     groups = BV // (ACROSS * 4)  # of 4 columns each, of a thread
@@ -275,4 +277,4 @@ def tiled_attention(
                     mix(v, ps, vs, acc, b, tile * TILE_KEYS, first_v, tid)
                 store(gate, out, acc, total, b, first_q, first_v, tid)
 
-    return attention_prim_func(spec, body)
+    return attention_prim_func(spec, DimVars(), body)

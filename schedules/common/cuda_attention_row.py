@@ -18,7 +18,8 @@ from tvm.script import tirx as T
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocked import attention_prim_func
 from .cuda_attention import Scoring
-from .cuda_threads import WARP, ceil_div, lanes_max, lanes_sum
+from .cuda_threads import WARP, lanes_max, lanes_sum
+from .dims import DimVars, ceil_div, known
 
 THREADS = 256
 WARPS = THREADS // WARP
@@ -29,7 +30,7 @@ TILE_KEYS = THREADS
 
 def row_attention(spec: AttentionSpec, scoring: Scoring) -> tirx.PrimFunc:
     """Return the kernel ``(q, k, v[, gate], out)`` for ``q_len == 1``."""
-    B, K, W, V = spec.batch, spec.k_len, spec.width, spec.value_width
+    B, K, W, V = known((spec.batch, spec.k_len, spec.width, spec.value_width))
     q_off, k_off, v_off, g_off = spec.q_offset, spec.k_offset, spec.v_offset, spec.gate_offset
     has_gate, softmax = spec.has_gate, scoring.softmax
     column_blocks = ceil_div(V, COLUMNS)
@@ -123,4 +124,4 @@ def row_attention(spec: AttentionSpec, scoring: Scoring) -> tirx.PrimFunc:
                     mix(v, ps, acc, b, tile * TILE_KEYS, first_v + tid % COLUMNS, tid // COLUMNS)
                 store(gate, out, acc, sums, total, b, first_v, tid)
 
-    return attention_prim_func(spec, body)
+    return attention_prim_func(spec, DimVars(), body)

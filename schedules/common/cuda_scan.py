@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .cuda_threads import ceil_div
+from .dims import ceil_div
 
 # Loads that are under way at the same time: an access to L2 takes about 200 cycles.
 AHEAD = 8

@@ -70,8 +70,3 @@ def lanes_max(buffer: tirx.Buffer, at: tirx.PrimExpr, first: int, end: int) -> N
     while first < end:
         _max_lanes(buffer, at, first)
         first *= 2
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)

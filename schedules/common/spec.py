@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any, ClassVar, TypeVar
 
 from tvm import tirx
@@ -21,7 +20,7 @@ S = TypeVar("S", bound="KernelSpec")
 
 @dataclasses.dataclass(frozen=True)
 class KernelSpec:
-    """Base of all kernel specifications; fields are ints, bools, strings or tuples of ints."""
+    """Base of all kernel specifications; fields are numbers, strings, or tuples of them."""
 
     op: ClassVar[str]
 
@@ -38,8 +37,3 @@ class KernelSpec:
             if isinstance(value, list):
                 fields[name] = tuple(value)
         return cls(**fields)
-
-
-def rows(lead: tuple[int, ...]) -> int:
-    """Return the number of rows that leading dimensions make."""
-    return math.prod(lead)

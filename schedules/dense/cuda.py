@@ -29,10 +29,9 @@ from ..common.cuda_threads import (
     MULTIPROCESSORS,
     SCHEDULERS,
     WARP,
-    ceil_div,
 )
+from ..common.dims import ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
-from ..common.spec import rows
 from .cuda_rows import MAX_ROWS, few_rows_dense, rows_layout
 from .cuda_tiles import STEP_K, THREAD_N, Tile, tile_layout, tiled_dense
 from .naive import DenseSpec
@@ -53,7 +52,7 @@ def schedule(sch: Schedule, target: Target) -> None:
 
 def sample(sch: Schedule, spec: DenseSpec) -> None:
     """Sample the decisions for a specification."""
-    if rows(spec.lead) <= MAX_ROWS:
+    if known_rows(spec.lead) <= MAX_ROWS:
         decisions.sample(sch, "width", WIDTHS, row_width(spec))
     else:
         candidates = tiles()
@@ -76,7 +75,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 def write(func: tirx.PrimFunc, spec: DenseSpec) -> ScheduledKernel:
     """Write out the TensorIR for a specification."""
     chosen = decisions.read(func)
-    if rows(spec.lead) <= MAX_ROWS:
+    if known_rows(spec.lead) <= MAX_ROWS:
         layout = rows_layout(spec, chosen["width"])
         kernel = few_rows_dense(spec, chosen["width"])
     else:
@@ -101,7 +100,7 @@ def estimated_cycles(spec: DenseSpec, tile: Tile) -> float:
     and a row of weights; one block alone, however few its warps, also waits from barrier to
     barrier. Of tiles that come out equal the largest is taken.
     """
-    blocks = ceil_div(rows(spec.lead), tile.block_m) * ceil_div(spec.n, tile.block_n)
+    blocks = ceil_div(known_rows(spec.lead), tile.block_m) * ceil_div(spec.n, tile.block_n)
     warps = tile.threads // WARP
     issue = THREAD_N * tile.thread_m * FFMA_CYCLES + 1 + ceil_div(tile.thread_m, 4)
     busy = ceil_div(blocks, MULTIPROCESSORS) * warps / SCHEDULERS * issue

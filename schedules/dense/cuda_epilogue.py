@@ -5,8 +5,8 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-from ..common.cuda_threads import WARP, ceil_div, lanes_sum, sigmoid, silu
-from ..common.spec import rows
+from ..common.cuda_threads import WARP, lanes_sum, sigmoid, silu
+from ..common.dims import ceil_div, known_rows
 from ..normed_dense.naive import NormedDenseSpec
 from .naive import DenseSpec
 
@@ -72,8 +72,8 @@ def block_statistics(spec: DenseSpec, x, stats, first, count: int, tid, threads:
     """
     if isinstance(spec, NormedDenseSpec):
         _block_statistics(
-            x, stats, first, count, tid, threads // WARP, rows(spec.lead), spec.k, 1.0 / spec.k,
-            spec.eps, spec.clamp_variance,
+            x, stats, first, count, tid, threads // WARP, known_rows(spec.lead), spec.k,
+            1.0 / spec.k, spec.eps, spec.clamp_variance,
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def normalized(spec: DenseSpec, value: tirx.PrimExpr, stats, row):
 
 def dense_prim_func(spec: DenseSpec, w_shape: tuple[int, ...], padded_n: int, body):
     """Return the kernel ``(x, w, b[, residual], y)``; ``body`` gets matrices and writes it out."""
-    M, K, out_n = rows(spec.lead), spec.k, spec.out_n
+    M, K, out_n = known_rows(spec.lead), spec.k, spec.out_n
     in_shape, out_shape = (*spec.lead, K), (*spec.lead, out_n)
 
     @T.inline

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..common.cuda_threads import ceil_div
+from ..common.dims import ceil_div
 from .naive import DenseSpec
 
 Array = npt.NDArray[Any]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-from ..common.cuda_threads import WARP, ceil_div, lanes_sum
-from ..common.spec import rows
+from ..common.cuda_threads import WARP, lanes_sum
+from ..common.dims import ceil_div, known_rows
 from .cuda_epilogue import block_statistics, dense_prim_func, finish, normalized
 from .cuda_packing import CudaLayout
 from .naive import DenseSpec
@@ -28,7 +28,7 @@ def rows_layout(spec: DenseSpec, width: int) -> CudaLayout:
 
 def few_rows_dense(spec: DenseSpec, width: int) -> tirx.PrimFunc:
     """Return the kernel ``(x, w, b[, residual], y)`` on weights of `rows_layout`."""
-    M, K, out_n, swiglu = rows(spec.lead), spec.k, spec.out_n, spec.swiglu
+    M, K, out_n, swiglu = known_rows(spec.lead), spec.k, spec.out_n, spec.swiglu
     layout = rows_layout(spec, width)
     across = width // 4  # threads side by side
     slices = THREADS // across

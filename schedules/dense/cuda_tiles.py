@@ -18,8 +18,7 @@ import dataclasses
 from tvm import tirx
 from tvm.script import tirx as T
 
-from ..common.cuda_threads import ceil_div
-from ..common.spec import rows
+from ..common.dims import ceil_div, known_rows
 from .cuda_epilogue import block_statistics, dense_prim_func, finish, normalized
 from .cuda_packing import CudaLayout
 from .naive import DenseSpec
@@ -50,7 +49,7 @@ def tile_layout(spec: DenseSpec, tile: Tile) -> CudaLayout:
 
 def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
     """Return the kernel ``(x, w, b[, residual], y)`` on weights of `tile_layout`."""
-    M, K, out_n, swiglu = rows(spec.lead), spec.k, spec.out_n, spec.swiglu
+    M, K, out_n, swiglu = known_rows(spec.lead), spec.k, spec.out_n, spec.swiglu
     BM, BN, TM, BK = tile.block_m, tile.block_n, tile.thread_m, STEP_K
     layout = tile_layout(spec, tile)
     panels, padded_k, threads = layout.panels, layout.padded_k, tile.threads

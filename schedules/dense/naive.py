@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from tvm import te, tirx
 
+from ..common.dims import Dim, DimVars
 from ..common.spec import KernelSpec
 
 
@@ -16,7 +17,7 @@ class DenseSpec(KernelSpec):
 
     Parameters
     ----------
-    lead : tuple of int
+    lead : tuple of int or str
         Leading dimensions of ``x``; their product is the number of rows M.
     k, n : int
         Weights are ``[k, n]``.
@@ -31,7 +32,7 @@ class DenseSpec(KernelSpec):
 
     op: ClassVar[str] = "dense"
 
-    lead: tuple[int, ...]
+    lead: tuple[Dim, ...]
     k: int
     n: int
     residual: bool = False
@@ -58,18 +59,19 @@ def dense(spec: DenseSpec) -> tirx.PrimFunc:
 
     Shapes: ``x [*lead, k]``, ``w [k, n]``, ``b [n]``, ``residual`` and ``out [*lead, out_n]``.
     """
-    x = te.placeholder((*spec.lead, spec.k), "float32", "x")
+    x = te.placeholder((*DimVars().shape(spec.lead), spec.k), "float32", "x")
     return dense_of(spec, x, x)
 
 
 def dense_of(spec: DenseSpec, x: te.Tensor, rows: te.Tensor) -> tirx.PrimFunc:
-    """Return the PrimFunc of ``(x, w, b[, residual], out)`` whose rows are computed from ``x``."""
+    """Return the PrimFunc ``(x, w, b[, residual], out)`` whose rows are computed from ``x``."""
+    *lead, _ = x.shape
     w = te.placeholder((spec.k, spec.n), "float32", "w")
     b = te.placeholder((spec.n,), "float32", "b")
-    residual = te.placeholder((*spec.lead, spec.out_n), "float32", "residual")
+    residual = te.placeholder((*lead, spec.out_n), "float32", "residual")
     k = te.reduce_axis((0, spec.k), "k")
     product = te.compute(
-        (*spec.lead, spec.n), lambda *i: te.sum(rows[(*i[:-1], k)] * w[k, i[-1]], axis=k), "product"
+        (*lead, spec.n), lambda *i: te.sum(rows[(*i[:-1], k)] * w[k, i[-1]], axis=k), "product"
     )
 
     def epilogue(*i: tirx.Var) -> tirx.PrimExpr:
@@ -82,6 +84,6 @@ def dense_of(spec: DenseSpec, x: te.Tensor, rows: te.Tensor) -> tirx.PrimFunc:
             y = tirx.if_then_else(col >= spec.sigmoid_from, tirx.sigmoid(y), y)
         return y + residual[i] if spec.residual else y
 
-    out = te.compute((*spec.lead, spec.out_n), epilogue, "out")
+    out = te.compute((*lead, spec.out_n), epilogue, "out")
     args = [x, w, b, residual, out] if spec.residual else [x, w, b, out]
     return spec.attach(te.create_prim_func(args))

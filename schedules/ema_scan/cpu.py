@@ -15,8 +15,9 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cpu_features import vector_unit
+from ..common.dims import DimVars
 from ..common.kernel import ScheduledKernel
-from .naive import EmaScanSpec
+from .naive import EmaScanSpec, ema_scan_prim_func
 
 # As for layer_norm: below this many elements a second core costs more than it gives.
 PARALLEL_ELEMENTS = 65536
@@ -35,45 +36,43 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 
 def _kernel(spec: EmaScanSpec, width: int) -> tirx.PrimFunc:
-    B, N, D = spec.batch, spec.seq_len, spec.channels
-    groups, tail = D // width, D % width
+    dims = DimVars()
+    B, N, D = *dims.shape((spec.batch, spec.seq_len)), spec.channels
+    groups, tail, carried = D // width, D % width, spec.carried
 
     @T.inline
-    def scan(p, decay, h, b, d, n):
-        state = T.alloc_buffer((n,), "float32", scope="local")
+    def scan(p, decay, state, h, b, d, n):
+        last = T.alloc_buffer((n,), "float32", scope="local")
         for lane in T.vectorized(n):
-            state[lane] = T.float32(0)
+            last[lane] = state[b, d + lane] if carried else T.float32(0)
         for t in T.serial(N):
             for lane in T.vectorized(n):
-                state[lane] = decay[d + lane] * state[lane] + p[b, t, d + lane]
+                last[lane] = decay[d + lane] * last[lane] + p[b, t, d + lane]
             for lane in T.vectorized(n):
-                h[b, t, d + lane] = state[lane]
+                h[b, t, d + lane] = last[lane]
+        if carried:
+            for lane in T.vectorized(n):
+                state[b, d + lane] = last[lane]
 
     @T.inline
-    def scan_group(p, decay, h, b, g):
+    def scan_group(p, decay, state, h, b, g):
         if tail == 0:
-            scan(p, decay, h, b, g * width, width)
+            scan(p, decay, state, h, b, g * width, width)
         else:
             if g < groups:
-                scan(p, decay, h, b, g * width, width)
+                scan(p, decay, state, h, b, g * width, width)
             else:
-                scan(p, decay, h, b, D - tail, tail)
+                scan(p, decay, state, h, b, D - tail, tail)
 
     units = groups + (tail > 0)
-    parallel = B * N * D >= PARALLEL_ELEMENTS and B * units > 1
 
-    @T.prim_func(s_tir=True, private=True)
-    def ema_scan(
-        p: T.Buffer((B, N, D), "float32"),
-        decay: T.Buffer((D,), "float32"),
-        h: T.Buffer((B, N, D), "float32"),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        if parallel:
+    @T.inline
+    def body(p, decay, state, h):
+        if B * N * D >= PARALLEL_ELEMENTS:
             for unit in T.parallel(B * units):
-                scan_group(p, decay, h, unit // units, unit % units)
+                scan_group(p, decay, state, h, unit // units, unit % units)
         else:
             for unit in T.serial(B * units):
-                scan_group(p, decay, h, unit // units, unit % units)
+                scan_group(p, decay, state, h, unit // units, unit % units)
 
-    return ema_scan
+    return ema_scan_prim_func(spec, dims, body)

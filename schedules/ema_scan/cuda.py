@@ -16,7 +16,8 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cuda_scan import chain, chunk_count, chunk_ends, scan_steps
-from ..common.cuda_threads import WARP, ceil_div
+from ..common.cuda_threads import WARP
+from ..common.dims import ceil_div, known
 from ..common.kernel import ScheduledKernel
 from .naive import EmaScanSpec
 
@@ -34,7 +35,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 
 def _kernel(spec: EmaScanSpec, most_threads: int) -> tirx.PrimFunc:
-    B, N, D = spec.batch, spec.seq_len, spec.channels
+    B, N, D = known((spec.batch, spec.seq_len, spec.channels))
     C = min(D, GROUP)
     groups = ceil_div(D, C)
     steps = ceil_div(N, chunk_count(N, C, most_threads))

@@ -21,7 +21,8 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cuda_scan import chain, chunk_ends, scan_steps
-from ..common.cuda_threads import MULTIPROCESSORS, ceil_div
+from ..common.cuda_threads import MULTIPROCESSORS
+from ..common.dims import ceil_div
 from ..common.kernel import ScheduledKernel
 from ..dense.cuda_packing import CudaLayout
 from ..dense.naive import DenseSpec

@@ -25,9 +25,8 @@ from .naive import GatedAttentionSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
-    spec = GatedAttentionSpec.of(sch.mod["main"])
-    if spec.q_len > 1:
-        sample_blocking(sch, spec, vector_unit(target))
+    if GatedAttentionSpec.of(sch.mod["main"]).q_len != 1:
+        sample_blocking(sch, vector_unit(target))
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -35,18 +34,16 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     spec = GatedAttentionSpec.of(func)
     lanes = vector_unit(target).lanes
     if spec.q_len == 1:
-        return ScheduledKernel(row_attention(spec, lanes, softmax(spec, lanes, 1)))
-    blocking = read_blocking(decisions.read(func), lanes, spec)
-    scoring = softmax(spec, lanes, blocking.panel_vectors)
-    return ScheduledKernel(blocked_attention(spec, blocking, scoring))
+        return ScheduledKernel(row_attention(spec, lanes, softmax(spec.scale, lanes)))
+    blocking = read_blocking(decisions.read(func), lanes)
+    return ScheduledKernel(blocked_attention(spec, blocking, softmax(spec.scale, lanes)))
 
 
-def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
-    """Return softmax scoring for panels of ``vectors`` vectors of ``L`` lanes."""
-    scale = spec.scale
+def softmax(scale: float, L: int) -> Scoring:
+    """Return softmax scoring for vectors of ``L`` lanes, of scores times ``scale``."""
 
     def weight(score: tirx.PrimExpr, peak: tirx.PrimExpr) -> tirx.PrimExpr:
-        return exp((score - peak) * T.float32(scale))
+        return exp(score - peak, scale)
 
     @T.inline
     def start(peak, total, r):
@@ -54,12 +51,12 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
         total[r] = T.float32(0)
 
     @T.inline
-    def weigh(s, peak, total, rescale, r, i, first, limit):
+    def weigh(s, peak, total, rescale, r, i, first, limit, vectors):
         part = T.alloc_buffer((1, L), "float32", scope="local")
         highest = T.alloc_buffer((1,), "float32", scope="local")
         for lane in T.vectorized(L):
             part[0, lane] = T.min_value("float32")
-        for j in T.unroll(vectors):
+        for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 part[0, lane] = T.max(
                     part[0, lane],
@@ -69,11 +66,11 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
                 )
         fold_max(part, 0, L)
         highest[0] = T.max(peak[r], part[0, 0])
-        rescale[0] = weight(peak[r], highest[0])
+        rescale[i] = weight(peak[r], highest[0])
         peak[r] = highest[0]
         for lane in T.vectorized(L):
             part[0, lane] = T.float32(0)
-        for j in T.unroll(vectors):
+        for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 s[i, j * L + lane] = T.Select(
                     first + j * L + lane < limit,
@@ -83,7 +80,7 @@ def softmax(spec: GatedAttentionSpec, L: int, vectors: int) -> Scoring:
             for lane in T.vectorized(L):
                 part[0, lane] = part[0, lane] + s[i, j * L + lane]
         fold_sum(part, 0, L)
-        total[r] = total[r] * rescale[0] + part[0, 0]
+        total[r] = total[r] * rescale[i] + part[0, 0]
 
     return Scoring(
         accumulate=lambda acc, q, k: acc + q * k,

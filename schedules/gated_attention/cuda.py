@@ -26,7 +26,7 @@ from .naive import GatedAttentionSpec
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: ``block_q`` and ``columns`` of a block. A single row has none."""
     spec = GatedAttentionSpec.of(sch.mod["main"])
-    if spec.q_len > 1:
+    if spec.q_len != 1:
         sample_tiles(sch, spec, instructions=1)
 
 

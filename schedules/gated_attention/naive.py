@@ -23,9 +23,9 @@ def gated_attention(spec: GatedAttentionSpec) -> tirx.PrimFunc:
     ``s = scale * q k^T``, ``w = exp(s - max)`` on the positions up to the query's own, 0 elsewhere;
     ``out = gate * (w @ v) / (sum(w) + 1e-8)``.
     """
-    B, Q, K = spec.batch, spec.q_len, spec.k_len
 
     def weights(q: te.Tensor, k: te.Tensor) -> te.Tensor:
+        B, Q, K = q.shape[0], q.shape[1], k.shape[1]
         d = te.reduce_axis((0, spec.width), "d")
         scores = te.compute(
             (B, Q, K),

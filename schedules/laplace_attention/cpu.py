@@ -28,12 +28,13 @@ from .naive import LaplaceAttentionSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
-    spec = LaplaceAttentionSpec.of(sch.mod["main"])
-    if spec.q_len > 1:
+    if LaplaceAttentionSpec.of(sch.mod["main"]).q_len != 1:
         unit = vector_unit(target)
         # |q - k| needs a register for the difference and one for the sign mask: with AVX2's 16,
         # tiles of 6 spill an accumulator at each step (T = 1024: 16.0 ms, tiles of 5: 15.0).
-        sample_blocking(sch, spec, unit, tile_q=6 if unit.registers == 32 else 5)
+        # Wider spans save nothing, for nothing is rescaled, and cost a register that is not there.
+        tile_q = 6 if unit.registers == 32 else 5
+        sample_blocking(sch, unit, tile_q=tile_q, span_panels=1)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -41,15 +42,13 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     spec = LaplaceAttentionSpec.of(func)
     lanes = vector_unit(target).lanes
     if spec.q_len == 1:
-        return ScheduledKernel(row_attention(spec, lanes, laplace(lanes, 1)))
-    blocking = read_blocking(decisions.read(func), lanes, spec)
-    return ScheduledKernel(
-        blocked_attention(spec, blocking, laplace(lanes, blocking.panel_vectors))
-    )
+        return ScheduledKernel(row_attention(spec, lanes, laplace(lanes)))
+    blocking = read_blocking(decisions.read(func), lanes)
+    return ScheduledKernel(blocked_attention(spec, blocking, laplace(lanes)))
 
 
-def laplace(L: int, vectors: int) -> Scoring:
-    """Return L1-Laplace scoring for panels of ``vectors`` vectors of ``L`` lanes."""
+def laplace(L: int) -> Scoring:
+    """Return L1-Laplace scoring for vectors of ``L`` lanes."""
 
     def weight(score: tirx.PrimExpr, _peak: tirx.PrimExpr | None) -> tirx.PrimExpr:
         return T.float32(1) / (T.float32(1) + T.float32(2) * score)
@@ -59,11 +58,11 @@ def laplace(L: int, vectors: int) -> Scoring:
         total[r] = T.float32(0)
 
     @T.inline
-    def weigh(s, peak, total, rescale, r, i, first, limit):
+    def weigh(s, peak, total, rescale, r, i, first, limit, vectors):
         part = T.alloc_buffer((1, L), "float32", scope="local")
         for lane in T.vectorized(L):
             part[0, lane] = T.float32(0)
-        for j in T.unroll(vectors):
+        for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 s[i, j * L + lane] = T.Select(
                     first + j * L + lane < limit,

@@ -25,7 +25,7 @@ def laplace_attention(spec: LaplaceAttentionSpec) -> tirx.PrimFunc:
     """
 
     def weights(q: te.Tensor, k: te.Tensor) -> te.Tensor:
-        shape = (spec.batch, spec.q_len, spec.k_len)
+        shape = (q.shape[0], q.shape[1], k.shape[1])
         d = te.reduce_axis((0, spec.width), "d")
         distance = te.compute(
             shape,

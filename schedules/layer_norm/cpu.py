@@ -14,9 +14,9 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cpu_features import vector_unit
+from ..common.dims import DimVars
 from ..common.kernel import ScheduledKernel
 from ..common.reduce import fold_sum
-from ..common.spec import rows
 from .naive import LayerNormSpec
 
 # A parallel region costs about 1 us; a row of 256 takes 25 ns. Below this many elements a thread
@@ -42,12 +42,13 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 
 def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
-    M, N, affine = rows(spec.lead), spec.n, spec.affine
+    dims = DimVars()
+    M, N, affine = dims.rows(spec.lead), spec.n, spec.affine
     wide = unroll * L  # elements of one step of the main loop
     steps, rest = N // wide, N % wide
     vectors_left, tail = rest // L, rest % L
     inverse, eps, clamp_variance = 1.0 / N, spec.eps, spec.clamp_variance
-    shape = (*spec.lead, N)
+    shape = (*dims.shape(spec.lead), N)
 
     def term(x, mean, square):
         return (x - mean[0]) * (x - mean[0]) if square else x

@@ -16,16 +16,16 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from ..common import decisions
-from ..common.cuda_threads import MULTIPROCESSORS, WARP, ceil_div, lanes_sum
+from ..common.cuda_threads import MULTIPROCESSORS, WARP, lanes_sum
+from ..common.dims import ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
-from ..common.spec import rows
 from .naive import LayerNormSpec
 
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: ``warps``, the rows of a block."""
     spec = LayerNormSpec.of(sch.mod["main"])
-    fit = [w for w in (1, 2, 4, 8) if ceil_div(rows(spec.lead), w) >= MULTIPROCESSORS]
+    fit = [w for w in (1, 2, 4, 8) if ceil_div(known_rows(spec.lead), w) >= MULTIPROCESSORS]
     decisions.sample(sch, "warps", [1, 2, 4, 8], max(fit, default=1))
 
 
@@ -35,7 +35,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 
 def _kernel(spec: LayerNormSpec, warps: int) -> tirx.PrimFunc:
-    M, N, affine = rows(spec.lead), spec.n, spec.affine
+    M, N, affine = known_rows(spec.lead), spec.n, spec.affine
     inverse, eps, clamp_variance = 1.0 / N, spec.eps, spec.clamp_variance
     shape = (*spec.lead, N)
     V = 4 if N % 4 == 0 else 1  # a lane's piece, 16 bytes where rows are aligned

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from tvm import te, tirx
 
+from ..common.dims import Dim, DimVars
 from ..common.spec import KernelSpec
 
 
@@ -16,7 +17,7 @@ class LayerNormSpec(KernelSpec):
 
     Parameters
     ----------
-    lead : tuple of int
+    lead : tuple of int or str
         Leading dimensions; their product is the number of rows.
     n : int
         Width of a row.
@@ -30,7 +31,7 @@ class LayerNormSpec(KernelSpec):
 
     op: ClassVar[str] = "layer_norm"
 
-    lead: tuple[int, ...]
+    lead: tuple[Dim, ...]
     n: int
     eps: float
     affine: bool = True
@@ -48,20 +49,21 @@ def layer_norm(spec: LayerNormSpec) -> tirx.PrimFunc:
 
     Shapes: ``x`` and ``y`` ``[*lead, n]``, ``gamma`` and ``beta`` ``[n]``.
     """
-    x = te.placeholder((*spec.lead, spec.n), "float32", "x")
+    lead = DimVars().shape(spec.lead)
+    x = te.placeholder((*lead, spec.n), "float32", "x")
     gamma = te.placeholder((spec.n,), "float32", "gamma")
     beta = te.placeholder((spec.n,), "float32", "beta")
     inverse = tirx.const(1.0 / spec.n, "float32")
     eps = tirx.const(spec.eps, "float32")
     k = te.reduce_axis((0, spec.n), "k")
-    total = te.compute(spec.lead, lambda *r: te.sum(x[(*r, k)], axis=k), "total")
+    total = te.compute(lead, lambda *r: te.sum(x[(*r, k)], axis=k), "total")
     j = te.reduce_axis((0, spec.n), "j")
 
     def deviation(r: tuple[tirx.Var, ...], i: tirx.Var) -> tirx.PrimExpr:
         return x[(*r, i)] - total[r] * inverse
 
     squares = te.compute(
-        spec.lead, lambda *r: te.sum(deviation(r, j) * deviation(r, j), axis=j), "squares"
+        lead, lambda *r: te.sum(deviation(r, j) * deviation(r, j), axis=j), "squares"
     )
 
     def normalize(*i: tirx.Var) -> tirx.PrimExpr:
@@ -73,6 +75,6 @@ def layer_norm(spec: LayerNormSpec) -> tirx.PrimFunc:
         y = deviation(tuple(row), col) / tirx.sqrt(denominator)
         return y * gamma[col] + beta[col] if spec.affine else y
 
-    y = te.compute((*spec.lead, spec.n), normalize, "y")
+    y = te.compute((*lead, spec.n), normalize, "y")
     args = [x, gamma, beta, y] if spec.affine else [x, y]
     return spec.attach(te.create_prim_func(args))

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from tvm import te, tirx
 
+from ..common.dims import DimVars
 from ..dense.naive import DenseSpec, dense_of
 
 
@@ -35,16 +36,17 @@ class NormedDenseSpec(DenseSpec):
 
 def normed_dense(spec: NormedDenseSpec) -> tirx.PrimFunc:
     """Return the PrimFunc ``(x, w, b[, residual], out)``: `dense` of the plain layer norm of x."""
-    x = te.placeholder((*spec.lead, spec.k), "float32", "x")
+    lead = DimVars().shape(spec.lead)
+    x = te.placeholder((*lead, spec.k), "float32", "x")
     inverse, eps = tirx.const(1.0 / spec.k, "float32"), tirx.const(spec.eps, "float32")
     i, j = te.reduce_axis((0, spec.k), "i"), te.reduce_axis((0, spec.k), "j")
-    total = te.compute(spec.lead, lambda *r: te.sum(x[(*r, i)], axis=i), "total")
+    total = te.compute(lead, lambda *r: te.sum(x[(*r, i)], axis=i), "total")
 
     def deviation(row: tuple[tirx.Var, ...], col: tirx.Var) -> tirx.PrimExpr:
         return x[(*row, col)] - total[row] * inverse
 
     squares = te.compute(
-        spec.lead, lambda *r: te.sum(deviation(r, j) * deviation(r, j), axis=j), "squares"
+        lead, lambda *r: te.sum(deviation(r, j) * deviation(r, j), axis=j), "squares"
     )
 
     def normalize(*index: tirx.Var) -> tirx.PrimExpr:
@@ -55,4 +57,4 @@ def normed_dense(spec: NormedDenseSpec) -> tirx.PrimFunc:
             denominator = tirx.Select(variance < eps, eps, denominator)
         return deviation(tuple(row), col) / tirx.sqrt(denominator)
 
-    return dense_of(spec, x, te.compute((*spec.lead, spec.k), normalize, "normed"))
+    return dense_of(spec, x, te.compute((*lead, spec.k), normalize, "normed"))

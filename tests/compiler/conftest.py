@@ -13,12 +13,16 @@ from tests.compiler.models import SHARED, golden, mega
 
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory):
-    """Compile under a name, once a session; return the library's path."""
+    """Compile under a name, once a session; return the library's path.
+
+    Without the symbolic entry, if nothing else is said: it takes as long as several others.
+    """
     folder = tmp_path_factory.mktemp("compiled")
     made = {}
 
     def compile_it(name, model, **options):
         if name not in made:
+            options = {"symbolic": False, "stream": False, **options}
             made[name] = compile_model(model, output=folder / f"{name}.so", **options)
         return made[name]
 

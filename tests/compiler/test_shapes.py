@@ -24,7 +24,14 @@ def odd(compile_once):
     def make(form):
         laplace = form == "laplace"
         source = mega(hidden_size=23, embed_dim=11, ema_dim=5, laplace_attention=laplace)
-        path = compile_once(f"odd_{form}", source, batch=BATCHES[form], seq_len=LENGTHS)
+        path = compile_once(
+            f"odd_{form}",
+            source,
+            batch=BATCHES[form],
+            seq_len=LENGTHS,
+            symbolic=False,
+            stream=False,
+        )
         return source, mega_tvm.load(path)
 
     return make
@@ -51,6 +58,7 @@ def test_another_shape_is_refused(odd) -> None:
     _, model = odd("softmax")
     with pytest.raises(InputError, match=r"found \[2, 7, 11\]"):
         model(np.zeros((2, 7, 11), np.float32))
+    assert model.symbolic_entries == ()
 
 
 def test_every_entry_was_checked(odd) -> None:
@@ -61,11 +69,11 @@ def test_every_entry_was_checked(odd) -> None:
 
 
 def test_entries_share_their_weights(odd, compile_once) -> None:
-    """Two layouts at most: that of single rows and that of several."""
+    """To the byte, but for a length of 1, whose last block merges other weights."""
     source, model = odd("softmax")
     one = compile_once("odd_one", source, batch=3, seq_len=59)
     alone = mega_tvm.load(one).metadata["tensors"]["bytes"]
-    assert model.metadata["tensors"]["bytes"] <= 2 * alone
+    assert model.metadata["tensors"]["bytes"] <= 1.5 * alone  # one block: the last is all
 
 
 @pytest.mark.parametrize(

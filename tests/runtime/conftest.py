@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mega_tvm
+from mega_tvm import MegaConfig
 from mega_tvm.artifact import write_artifact
 from tests.runtime.builders import MANIFEST, TENSORS, build_executable, join, split
 
@@ -40,6 +41,16 @@ def artifact(executable, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def many_shapes(tmp_path_factory):
+    """A very small Mega of three shapes."""
+    return mega_tvm.compile_model(
+        MegaConfig(13, hidden_size=16, ema_dim=3, num_layers=1),
+        seq_len=(1, 7, 59),
+        output=tmp_path_factory.mktemp("many") / "many.so",
+    )
+
+
+@pytest.fixture(scope="session")
 def model(artifact):
     return mega_tvm.load(artifact)
 
@@ -64,7 +75,7 @@ def edited(artifact, tmp_path):
     return edit
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python():
     """Run a script in a process without compilers; return what it printed.
 

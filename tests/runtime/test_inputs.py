@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from mega_tvm import MegaConfig
+from mega_tvm.entries import Frame
 from mega_tvm.errors import InputError, MegaError
-
-SHAPE = (1, 4, 16)
-BYTES = 4 * 4 * 16
-BIAS = np.arange(16, dtype="float32")
+from tests.runtime.builders import BIAS, LONG, PAIR
+from tests.runtime.builders import SHORT as SHAPE
 
 
 def integers(shape=SHAPE, seed=0):
@@ -23,21 +24,31 @@ def sums(x):
     return np.resize(BIAS, x.shape[2]) + x.sum(axis=1)
 
 
-@pytest.mark.parametrize("offset", range(64))
-def test_every_byte_offset(model, offset):
-    raw = np.zeros(BYTES + 128, np.uint8)
+def at_offset(shape, offset):
+    """Return an array of zeros that starts so many bytes behind a multiple of 64."""
+    size = math.prod(shape) * 4
+    raw = np.zeros(size + 128, np.uint8)
     start = -raw.ctypes.data % 64 + offset
-    x = np.frombuffer(raw.data, np.float32, 4 * 16, start).reshape(SHAPE)
-    assert x.ctypes.data % 64 == offset
-    assert x.flags.aligned == (offset % 4 == 0)
-    x[...] = integers()
-    np.testing.assert_array_equal(model(x), sums(integers()))
+    array = np.frombuffer(raw.data, np.float32, size // 4, start).reshape(shape)
+    assert array.ctypes.data % 64 == offset
+    assert array.flags.aligned == (offset % 4 == 0)
+    return array
 
 
-def strided(kind):
-    x = integers()
+# Small inputs are always copied; large ones where kernels cannot read them.
+@pytest.mark.parametrize("offset", range(64))
+@pytest.mark.parametrize("shape", [SHAPE, LONG], ids=["small", "large"])
+def test_every_byte_offset(model, shape, offset):
+    x = at_offset(shape, offset)
+    x[...] = integers(shape)
+    np.testing.assert_array_equal(model(x), sums(integers(shape)))
+
+
+def strided(kind, shape):
+    x = integers(shape)
+    batch, length, width = shape
     if kind == "every second":
-        big = np.full((1, 8, 32), np.nan, np.float32)
+        big = np.full((batch, 2 * length, 2 * width), np.nan, np.float32)
         big[:, ::2, ::2] = x
         return big[:, ::2, ::2]
     if kind == "negative strides":
@@ -47,10 +58,12 @@ def strided(kind):
     if kind == "transposed":
         return x.transpose(0, 2, 1).copy().transpose(0, 2, 1)
     if kind == "broadcast":
-        return np.broadcast_to(x[:, :1], SHAPE)
+        return np.broadcast_to(x[:, :1], shape)
     if kind == "read-only":
-        x.flags.writeable = False
-        return x
+        aligned = at_offset(shape, 0)
+        aligned[...] = x
+        aligned.flags.writeable = False
+        return aligned
     if kind == "odd stride of a dimension of one":
         return np.concatenate([x, x, x])[::2][:1]
     return x.view(type("Sub", (np.ndarray,), {}))
@@ -69,19 +82,17 @@ def strided(kind):
         "subclass",
     ],
 )
-def test_any_layout(model, kind):
-    x = strided(kind)
+@pytest.mark.parametrize("shape", [SHAPE, LONG], ids=["small", "large"])
+def test_any_layout(model, shape, kind):
+    x = strided(kind, shape)
     before = x.copy()
     np.testing.assert_array_equal(model(x), sums(before))
     np.testing.assert_array_equal(x, before)
 
 
-def test_aligned_input_is_not_copied(model, monkeypatch):
-    raw = np.zeros(BYTES + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    x = raw[start : start + BYTES].view(np.float32).reshape(SHAPE)
-    monkeypatch.setattr("mega_tvm.runtime._Scratch.x", property(lambda _: pytest.fail("copied")))
-    np.testing.assert_array_equal(model(x), [BIAS])
+def test_large_aligned_input_is_not_copied(model, monkeypatch):
+    monkeypatch.setattr(Frame, "_add_input", lambda _: pytest.fail("copied"))
+    np.testing.assert_array_equal(model(at_offset(LONG, 0)), [np.resize(BIAS, LONG[2])])
 
 
 def test_each_entry(model):
@@ -101,6 +112,68 @@ def test_output_has_memory_of_its_own(model):
     np.testing.assert_array_equal(first, kept)
     first[:] = np.nan
     np.testing.assert_array_equal(model(integers(seed=1)), kept)
+
+
+@pytest.mark.parametrize("offset", [0, 4, 7], ids=lambda offset: f"offset {offset}")
+def test_out(model, offset):
+    out = at_offset((1, 16), offset)
+    assert model(integers(), out=out) is out
+    np.testing.assert_array_equal(out, sums(integers()))
+    kept = out.copy()
+    model(integers(seed=1))
+    np.testing.assert_array_equal(out, kept)
+
+
+def test_out_of_any_strides(model):
+    big = np.full((4, 32), np.nan, np.float32)
+    x = integers(PAIR)
+    model(x, out=big[::-2, ::2])
+    np.testing.assert_array_equal(big[::-2, ::2], sums(x))
+    assert np.isnan(big[0::2]).all() and np.isnan(big[:, 1::2]).all()
+
+
+def test_out_may_overlap_the_input(model):
+    x = integers()
+    expected = sums(x)
+    model(x, out=x[:, 1])
+    np.testing.assert_array_equal(x[:, 1], expected)
+
+
+def test_torch_tensors_out(model):
+    x = torch.from_numpy(integers())
+    y = torch.from_dlpack(model(x))
+    np.testing.assert_array_equal(y.numpy(), sums(x.numpy()))
+    result = model(x)
+    assert torch.from_dlpack(result).data_ptr() == result.ctypes.data
+    out = torch.zeros(1, 16)
+    model(x, out=out.numpy())
+    torch.testing.assert_close(out, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (np.zeros((1, 17), np.float32), r"out of shape \[1, 16\], found \[1, 17\]"),
+        (np.zeros(16, np.float32), r"out of shape \[1, 16\], found \[16\]"),
+        (np.zeros((1, 16)), "out: expected float32, found float64"),
+        (np.zeros((1, 16), ">f4"), "native byte order"),
+        (np.broadcast_to(np.zeros(16, np.float32), (1, 16)), "expected a writable out"),
+        ([0.0] * 16, "found list"),
+    ],
+    ids=["width", "dimensions", "float64", "byte order", "read-only", "list"],
+)
+def test_other_outs_are_refused(model, out, words):
+    with pytest.raises(InputError, match=words):
+        model(integers(), out=out)
+
+
+def test_out_is_left_alone_when_the_call_is_refused(model):
+    out = np.full((1, 16), 7, np.float32)
+    bad = integers()
+    bad[0, 1, 2] = np.inf
+    with pytest.raises(InputError):
+        model(bad, out=out, check_finite=True)
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -132,12 +205,24 @@ def test_torch_tensors(model, tensor):
 
 @pytest.mark.parametrize(
     "shape",
-    [(), (16,), (4, 16), (1, 4, 16, 1), (0, 4, 16), (3, 4, 16), (1, 5, 16), (1, 4, 17), (1, 0, 16)],
+    [
+        (),
+        (16,),
+        (4, 16),
+        (1, 4, 16, 1),
+        (0, 4, 16),
+        (3, 4, 16),
+        (1, 5, 16),
+        (1, 4, 17),
+        (1, 0, 16),
+        (2**40, 4, 16),
+        (1, 2**40, 16),
+    ],
     ids=str,
 )
 def test_other_shapes_are_refused(model, shape):
     with pytest.raises(InputError) as info:
-        model(np.zeros(shape, np.float32))
+        model(np.broadcast_to(np.float32(0), shape))  # of any size in 4 bytes
     message = str(info.value)
     assert "[1, 4, 16] or [2, 4, 16] or [1, 4096, 64]" in message
     assert str(list(shape)) in message

@@ -18,8 +18,8 @@ import mega_tvm
 from mega_tvm import load
 from mega_tvm.artifact import write_artifact
 from mega_tvm.errors import DamagedArtifactError, IncompatibleArtifactError
+from mega_tvm.host import _request_amx
 from mega_tvm.inputs import aligned_empty
-from mega_tvm.runtime import _request_amx
 from tests.runtime.builders import BIAS, MANIFEST, TENSORS, build_executable, join, split
 
 RUN = """
@@ -81,10 +81,29 @@ except mega_tvm.runtime.IncompatibleArtifactError as error:
 
 
 def test_tvm_can_be_imported_after_loading(artifact, run_python):
-    script = "import mega_tvm, numpy as np, sys" + RUN + "import tvm; print(tvm.__version__)"
+    # And a kernel of the compiler's run, from torch to torch.
+    after = """
+import tvm, torch, tvm_ffi
+x = torch.arange(4.0)
+print(np.from_dlpack(tvm.runtime.from_dlpack(x)).tolist() == x.tolist())
+print(tvm.__version__)
+"""
+    script = "import mega_tvm, numpy as np, sys" + RUN + after
     out = run_python(script, artifact, env={"MEGA_TVM_RUNTIME": ""}, prelude="")
-    assert out.split()[0] == "True"
+    assert out.split()[0] == out.split()[-2] == "True"
     assert out.split()[-1].startswith("0.27")
+
+
+def test_torch_is_not_imported_and_works_afterwards(artifact, run_python):
+    script = """
+import sys, numpy as np, mega_tvm
+model = mega_tvm.load(sys.argv[1])
+print("torch" in sys.modules)
+import torch
+y = model(torch.ones(1, 4, 16))
+print(torch.from_dlpack(y).tolist() == [[4.0 + i for i in range(16)]])
+"""
+    assert run_python(script, artifact, prelude="").split() == ["False", "True"]
 
 
 def test_import_of_the_package_is_light(run_python):
@@ -272,73 +291,3 @@ def test_a_replaced_file_is_loaded_anew(artifact, executable, tmp_path):
     np.testing.assert_array_equal(first(x), [BIAS])
     np.testing.assert_array_equal(second(x), [BIAS + 100])
     np.testing.assert_array_equal(again(x), [BIAS + 100])
-
-
-FUZZ = """
-import random, collections, json, struct, hashlib, copy, pathlib
-from mega_tvm.errors import ArtifactError
-rng = random.Random(7)
-source, target = map(pathlib.Path, sys.argv[1:])
-data = source.read_bytes()
-length = struct.unpack("<Q", data[-16:-8])[0]
-body, manifest = data[:-48 - length], json.loads(data[-48 - length:-48])
-
-def bytes_changed():
-    mutant = bytearray(data)
-    for _ in range(rng.choice([1, 1, 3, 20])):
-        near_end = rng.random() < 0.5
-        at = rng.randrange(min(len(body) * near_end, len(mutant) - 1), len(mutant))
-        kind = rng.randrange(3)
-        if kind == 0:
-            mutant[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            mutant[at:at + rng.randrange(1, 64)] = rng.randbytes(rng.randrange(64))
-        else:
-            del mutant[at:at + rng.randrange(1, 5000)]
-    return bytes(mutant)
-
-VALUES = [None, True, 0, 1, -1, 2**70, 1.5, "", "x", [], {}, [1], [[1]], {"a": 1}, "\\ud800", "\\0"]
-
-def manifest_changed():
-    mutant = copy.deepcopy(manifest)
-    for _ in range(rng.choice([1, 2])):
-        node = mutant
-        while True:
-            keys = list(node) if isinstance(node, dict) else range(len(node))
-            key = rng.choice(keys) if keys else None
-            inner = node[key] if keys else None
-            if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.3:
-                break
-            node = inner
-        if keys:
-            if rng.random() < 0.3:
-                del node[key]
-            else:
-                node[key] = copy.deepcopy(rng.choice(VALUES))
-    text = json.dumps(mutant).encode()
-    digest = hashlib.sha256(text).digest()
-    return body + text + struct.pack("<32sQ8s", digest, len(text), b"MEGATVM1")
-
-outcomes = collections.Counter()
-for make, count in ((bytes_changed, 400), (manifest_changed, 400)):
-    for i in range(count):
-        mutant = make()
-        target.write_bytes(mutant)
-        try:
-            mega_tvm.load(target)
-        except ArtifactError as error:
-            assert str(target) in str(error) and len(str(error)) < 1000, error
-            outcomes[make.__name__, "refused"] += 1
-        else:
-            assert make is manifest_changed or mutant == data
-            outcomes[make.__name__, "loaded"] += 1
-print(dict(outcomes))
-"""
-
-
-def test_fuzzed_files_are_refused_or_load(artifact, run_python, tmp_path):
-    out = eval(run_python(FUZZ, artifact, tmp_path / "mutant.so"))
-    assert out["bytes_changed", "refused"] >= 395
-    assert out["manifest_changed", "refused"] > 200
-    # Some fields do not matter to loading, so the test would notice a check that refuses all.
-    assert out["manifest_changed", "loaded"] > 10

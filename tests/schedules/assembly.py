@@ -151,8 +151,8 @@ def inner_loops(text: str) -> list[Loop]:
 def product_loops(text: str) -> list[Loop]:
     """Return the innermost loops that multiply and add.
 
-    Loops with a rounding or a division are exponentials, sigmoids or normalizations: elementwise
-    work, which stores its results.
+    Loops with a division, or a shift (of an exponent), are exponentials, sigmoids or
+    normalizations: elementwise work, which stores its results.
     """
     return [
         loop
@@ -172,7 +172,7 @@ def _sums_distances(loop: Loop) -> bool:
 
 
 def _accumulations(text: str) -> list[Loop]:
-    elementwise = ("vrndscale", "vround", "vdiv", "vsqrt")
+    elementwise = ("vpslld", "vdiv", "vsqrt")
     return [
         loop
         for loop in inner_loops(text)

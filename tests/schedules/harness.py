@@ -57,11 +57,12 @@ def compiled(
 
 def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Copy into a NaN-filled buffer at an address divisible by 64: return view and buffer."""
-    size = array.size + 2 * GUARD
+    elements = array.nbytes // 4
+    size = elements + 2 * GUARD
     raw = np.full(size + 16, np.nan, np.float32)
     start = -raw.ctypes.data % 64 // 4
     buffer = raw[start : start + size]
-    view = buffer[GUARD : GUARD + array.size].reshape(array.shape)
+    view = buffer[GUARD : GUARD + elements].view(array.dtype).reshape(array.shape)
     view[...] = array
     return view, buffer
 
@@ -81,14 +82,22 @@ class Kernel:
         Every argument lies between NaNs and the output starts as NaN, so that what is read out of
         bounds, or not written, shows in the result; NaNs around the output must survive.
         """
+        return self.update(inputs, shape)[0]
+
+    def update(
+        self, inputs: Sequence[np.ndarray], shape: Sequence[int]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Run as a call does; return the inputs as the kernel left them, too."""
         packed = [self.pack[i](a) if i in self.pack else a for i, a in enumerate(inputs)]
+        copies = {id(a): guarded(a) for a in packed}  # an array passed twice stays one array
         out, around = guarded(np.full(shape, np.nan, np.float32))
-        shared = {id(a): guarded(a)[0] for a in packed}  # an array passed twice stays one array
-        self.main(*(tvm_ffi.from_dlpack(a) for a in (*(shared[id(a)] for a in packed), out)))
-        result = out.copy()
-        out[...] = np.nan
-        assert np.isnan(around).all(), "the kernel wrote outside its output"
-        return result
+        views = [copies[id(a)][0] for a in packed]
+        self.main(*map(tvm_ffi.from_dlpack, (*views, out)))
+        results = [a.copy() for a in (out, *views)]
+        for buffer in (around, *(buffer for _, buffer in copies.values())):
+            assert np.isnan(buffer[:GUARD]).all(), "the kernel wrote ahead of an argument"
+            assert np.isnan(buffer[-GUARD:]).all(), "the kernel wrote behind an argument"
+        return results[0], results[1:]
 
 
 def run_scheduled(

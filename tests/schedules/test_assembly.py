@@ -16,6 +16,9 @@ MCPU = pytest.mark.parametrize("mcpu", list(LEVELS))
 LAPLACE = pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 BITS = {"x86-64-v4": 512, "x86-64-v3": 256}
 
+# Rows that only a call brings.
+ANY = ("batch", "seq_len")
+
 # What a local buffer becomes that was not kept on the stack: an allocation a tile.
 WORKSPACE = "TVMBackendAllocWorkspace"
 
@@ -30,6 +33,10 @@ DENSE = [
     *(DenseSpec((m,), 256, 300) for m in range(1, 8)),
     DenseSpec((1,), 256, 1376, swiglu=True),
     DenseSpec((3,), 256, 1376, swiglu=True),
+    DenseSpec(ANY, 256, 300, sigmoid_from=200),
+    DenseSpec(ANY, 256, 1376, swiglu=True),
+    DenseSpec(ANY, 256, 16),
+    DenseSpec(("batch", 1), 688, 256, residual=True),
 ]
 
 
@@ -77,7 +84,7 @@ def test_dense(mcpu, spec) -> None:
 
 @MCPU
 @LAPLACE
-@sized("B T W V", [(1, 1024, 256, 256), (1, 59, 100, 103)])
+@sized("B T W V", [(1, 1024, 256, 256), (1, 59, 100, 103), ("batch", "seq_len", 256, 256)])
 def test_blocked_attention(mcpu, laplace, B, T, W, V) -> None:
     spec = attention_spec(laplace, B, T, T, W, V)
     text = assembly((laplace_attention if laplace else gated_attention)(spec), cpu_target(mcpu))
@@ -92,13 +99,14 @@ def test_blocked_attention(mcpu, laplace, B, T, W, V) -> None:
 
 @MCPU
 @LAPLACE
-def test_row_attention(mcpu, laplace) -> None:
+@sized("B T", [(1, 60), ("batch", "seq_len")])
+def test_row_attention(mcpu, laplace, B, T) -> None:
     """One row: a score's loop ends in a horizontal sum and one scalar store a key.
 
     With AVX2 a query of 256 does not fit the registers, and its vectors are fetched from the stack
     in place of the query itself: no reload check.
     """
-    spec = attention_spec(laplace, 1, 1, 60, 256)
+    spec = attention_spec(laplace, B, 1, T, 256)
     text = assembly((laplace_attention if laplace else gated_attention)(spec), cpu_target(mcpu))
     loops = product_loops(text) + distance_loops(text)
     assert len(distance_loops(text)) == laplace

@@ -62,9 +62,17 @@ def test_last_rows_of_many_keys(rng, target, laplace) -> None:
 
 
 @LAPLACE
-@sized("tile_q panel_vectors block_q", [(2, 1, 12), (8, 4, 96), (3, 4, 24), (5, 1, 30)])
-def test_any_decisions(rng, target, laplace, tile_q, panel_vectors, block_q) -> None:
-    decisions = {"tile_q": tile_q, "panel_vectors": panel_vectors, "block_q": block_q}
+@sized(
+    "tile_q panel_vectors span_panels block_q",
+    [(2, 1, 4, 12), (8, 4, 2, 96), (3, 4, 1, 24), (5, 1, 8, 30)],
+)
+def test_any_decisions(rng, target, laplace, tile_q, panel_vectors, span_panels, block_q) -> None:
+    decisions = {
+        "tile_q": tile_q,
+        "panel_vectors": panel_vectors,
+        "span_panels": span_panels,
+        "block_q": block_q,
+    }
     _check(rng, target, attention_spec(laplace, 1, 300, 300, 13, 21), **decisions)
 
 

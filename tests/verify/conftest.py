@@ -32,6 +32,8 @@ def artifact(tmp_path_factory):
                 seq_len=facts["effective"]["seq_len"],
                 options={"laplace_attention": facts["effective"]["laplace_attention"], **options},
                 output=directory / f"{case}.so",
+                symbolic=False,
+                stream=False,
             )
         return made[case]
 
@@ -51,6 +53,8 @@ def unfused(tmp_path_factory):
         seed=3,
         seq_len=[1, SEQ_LEN],
         disabled_passes=["fuse_residual"],
+        symbolic=False,
+        stream=False,
         output=tmp_path_factory.mktemp("verify") / "unfused.so",
     )
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from mega_tvm.weights import WeightsError, to_dotted
+from reference.onnx_mega import build_model
 from tests.weights.builders import (
+    CONFIG,
     npy_header,
     npz_file,
     nx_blob,
@@ -43,6 +45,7 @@ FILES = {
     "npz": (".npz", npz_file(PARAMS)),
     "npz-deflated": (".npz", npz_file(PARAMS, compressed=True)),
     "torch": (".pt", torch_file()),
+    "onnx": (".onnx", build_model(CONFIG, PARAMS).SerializeToString()),
 }
 
 

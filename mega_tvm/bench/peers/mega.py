@@ -33,15 +33,18 @@ class LoadedModel:
             folder = self._own_folder.name
         shape = f"B{workload.batch}-T{workload.seq_len}"
         form = "laplace" if workload.config.laplace_attention else "softmax"
-        library = Path(folder) / f"{checkpoint.digest[:16]}-{form}-{shape}.so"
+        library = Path(folder) / f"{checkpoint.digest[:16]}-{form}-{shape}-{threads}.so"
         if not library.exists():
             mega_tvm.compile_model(
                 checkpoint,
                 target="native",
                 batch=workload.batch,
                 seq_len=workload.seq_len,
+                threads=threads,
+                symbolic=False,  # it would not run
                 output=library,
             )
+        self.library = library
         self._model = mega_tvm.load(library, num_threads=threads)
         self.metadata: dict[str, Any] = dict(self._model.metadata)
 

@@ -28,6 +28,28 @@ def _from_torch(plan: Plan, params: Mapping[str, npt.NDArray[Any]]) -> Any:
     return model
 
 
+def build_model(plan: Plan, params: Mapping[str, npt.NDArray[Any]]) -> Any:
+    """Return a plan as an ``openvino.Model``."""
+    if plan.form.attention == "fused":
+        return _from_torch(plan, params)
+    import openvino as ov
+
+    from .plain_onnx import build
+
+    return ov.Core().read_model(build(plan, params).SerializeToString())
+
+
+def settings(threads: int) -> dict[str, Any]:
+    """Return the settings to compile with."""
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        # On a CPU with AMX or BF16 the default would be bfloat16.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+
+
 def _attention_forms(workload: Workload) -> Sequence[str]:
     from .plain_onnx import attention_forms
 
@@ -61,22 +83,9 @@ class OpenVino:
         """Return the model, ready to call."""
         import openvino as ov
 
-        plan = Plan.of(workload, form, pruned)
-        core = ov.Core()
-        if form.attention == "fused":
-            model = _from_torch(plan, params)
-        else:
-            from .plain_onnx import build
-
-            model = core.read_model(build(plan, params).SerializeToString())
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            # On a CPU with AMX or BF16 the default would be bfloat16.
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        model = build_model(Plan.of(workload, form, pruned), params)
+        compiled = ov.Core().compile_model(model, "CPU", settings(threads))
+        request = compiled.create_infer_request()
 
         def call(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
             request.set_input_tensor(ov.Tensor(x, shared_memory=True))

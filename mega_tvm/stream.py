@@ -1,0 +1,469 @@
+"""Streams: a model fed frame by frame, at the cost of the new frames alone.
+
+>>> stream = model.stream(batch=2, max_len=300)
+>>> y = stream.prefill(x)  # x [2, n, embed] -> y [2, hidden]
+>>> y = stream.step(x_t)  # x_t [2, embed] -> y [2, hidden]
+
+A row's state is, for each layer, that of the moving average, and a cache of the rows that serve its
+attention as keys and values. After any split of frames over calls, the output is that of a full run
+on all frames of the row so far, up to the order of sums.
+
+A full cache is an error, or slides (``on_full="slide"``): attention then sees the last ``max_len``
+frames. That is not a full run on those frames: their rows were computed when older frames were
+still visible, and the moving average goes on. `Model.window` gives the full run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from mega_tvm.errors import (
+    DamagedArtifactError,
+    InputError,
+    MegaError,
+    StreamFullError,
+    StreamUnsupportedError,
+)
+from mega_tvm.inputs import aligned_empty, as_array, dtype_message, non_finite
+from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
+
+if TYPE_CHECKING:
+    from mega_tvm.runtime import Model
+
+Array = npt.NDArray[np.float32]
+ON_FULL = ("error", "slide")
+
+# Rows (streams times frames) that a call of prefill's pieces aims at: enough for full register
+# tiles, few enough that a piece's intermediates (0.7 MB at hidden size 256) stay in L2.
+PREFILL_ROWS = 128
+# Frames of a cache that are moved together: what is set aside meanwhile stays small.
+_MOVED_FRAMES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamEntry:
+    """The entry of a library that goes on from a state.
+
+    Parameters
+    ----------
+    name : str
+        The function in the library.
+    input_width : int
+        Width of a frame.
+    output_shape : tuple of int
+        A row's output.
+    state : tuple of (str, int)
+        Kind and width of each layer's states, in order: ``"ema"`` or ``"cache"``.
+    workspace : mapping of str to int
+        Bytes that a call needs, see `mega_tvm.symbolic_entry`.
+    """
+
+    name: str
+    input_width: int
+    output_shape: tuple[int, ...]
+    state: tuple[tuple[str, int], ...]
+    workspace: Mapping[str, int]
+
+    @classmethod
+    def from_manifest(cls, entry: Mapping[str, Any]) -> StreamEntry:
+        """Read a manifest's field ``stream``."""
+        return cls(
+            entry["name"],
+            entry["input_width"],
+            tuple(entry["output_shape"]),
+            tuple((state["kind"], state["width"]) for state in entry["state"]),
+            entry["workspace"],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A copy of a stream's state, for `Stream.restore`; it stays as it is.
+
+    Parameters
+    ----------
+    lengths : ndarray
+        Frames of each row.
+    arrays : tuple of ndarray
+        The states; of caches, the frames that are in use.
+    origin : tuple
+        What a stream must have in common with the one it was taken from.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    arrays: tuple[Array, ...]
+    origin: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        return self.lengths.nbytes + sum(array.nbytes for array in self.arrays)
+
+
+class Stream:
+    """A running model with state for ``batch`` rows. Make one with `Model.stream`.
+
+    It is for one thread at a time; a model may have any number of streams. All memory is allocated
+    here: a step allocates none beside the array that it returns, and not that one given ``out``.
+
+    Parameters
+    ----------
+    model : Model
+    entry : StreamEntry
+    run : callable
+        The entry's function.
+    batch, max_len : int
+    on_full : {"error", "slide"}
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        entry: StreamEntry,
+        run: Callable[..., int],
+        batch: int,
+        max_len: int,
+        on_full: str,
+    ) -> None:
+        self._model = model
+        self._entry = entry
+        self._run = run
+        self._batch = _positive("batch", batch)
+        self._max_len = _positive("max_len", max_len)
+        if on_full not in ON_FULL:
+            raise ValueError(
+                f"on_full must be {' or '.join(map(repr, ON_FULL))}, found {on_full!r}"
+            )
+        self._slides = on_full == "slide"
+        self._piece = max(1, PREFILL_ROWS // batch)  # frames
+        self._lengths = aligned_empty((batch * 2,)).view(np.int64)
+        self._states = [
+            aligned_empty((batch, width) if kind == "ema" else (batch, max_len, width))
+            for kind, width in entry.state
+        ]
+        self._ema = [s for s in self._states if s.ndim == 2]
+        self._caches = [s for s in self._states if s.ndim == 3]
+        self._x = aligned_empty((batch * self._piece * entry.input_width,))
+        self._y = aligned_empty((batch, *entry.output_shape))
+        size = workspace_bytes(entry.workspace, {BATCH: batch, SEQ_LEN: self._piece})
+        workspace = aligned_empty((-(-size // 4) + 1,)).view(np.uint8)
+        self._workspace = _tensor(workspace)
+        self._step_x = self._x[: batch * entry.input_width].reshape(batch, -1)
+        self._step_arguments = self._arguments(slice(0, batch), 1)
+        self._longest = 0  # of the lengths, kept beside them for the quick check of a step
+        self.reset()
+
+    def __repr__(self) -> str:
+        on_full = "slide" if self._slides else "error"
+        return (
+            f"<mega_tvm.Stream batch={self._batch}, max_len={self._max_len}, on_full={on_full!r}, "
+            f"longest row {self._longest}>"
+        )
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self._batch
+
+    @property
+    def max_len(self) -> int:
+        """Frames that a row's caches hold."""
+        return self._max_len
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Frames that each row has seen since its reset, a copy ``[batch]``."""
+        return self._lengths.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return sum(state.nbytes for state in self._states)
+
+    def step(self, x_t: Any, *, out: Array | None = None, check_finite: bool = False) -> Array:
+        """Feed one frame to each row.
+
+        Parameters
+        ----------
+        x_t : array
+            float32 ``[batch, embed]``, a NumPy array or anything on the CPU that exports DLPack.
+        out : ndarray, optional
+            float32, of the output's shape: takes the result, and nothing is allocated.
+        check_finite : bool, default False
+            Refuse NaN and infinity, which spread to all later outputs of the row otherwise.
+
+        Returns
+        -------
+        ndarray
+            The model's output for the frames of each row so far, ``[batch, hidden]``: ``out``, or
+            an array with memory of its own.
+
+        Raises
+        ------
+        InputError
+            If ``x_t`` or ``out`` has another shape or dtype; the state is as before.
+        StreamFullError
+            If a row holds ``max_len`` frames and the stream does not slide; likewise.
+        """
+        x = self._checked(x_t, (self._batch, self._entry.input_width), check_finite)
+        self._check_out(out, self._batch)
+        if self._longest >= self._max_len and not self._slides:
+            raise StreamFullError(self._full_message(1))
+        np.copyto(self._step_x, x)
+        self._call(self._step_arguments)
+        np.add(self._lengths, 1, out=self._lengths)
+        self._longest += 1
+        if out is None:
+            return self._y.copy()
+        np.copyto(out, self._y)
+        return out
+
+    def prefill(
+        self,
+        x: Any,
+        *,
+        rows: Sequence[int] | None = None,
+        out: Array | None = None,
+        check_finite: bool = False,
+    ) -> Array:
+        """Feed many frames to each row, at the cost of a full run on them.
+
+        Parameters
+        ----------
+        x : array
+            float32 ``[batch, n, embed]``, or ``[len(rows), n, embed]``.
+        rows : sequence of int, optional
+            The rows that get them, ascending; all by default.
+        out : ndarray, optional
+            As for `step`.
+        check_finite : bool, default False
+
+        Returns
+        -------
+        ndarray
+            The output behind the last frame, ``[batch, hidden]`` or ``[len(rows), hidden]``.
+
+        Raises
+        ------
+        InputError, StreamFullError
+            As `step` does, before any frame is fed.
+        """
+        chosen = np.arange(self._batch) if rows is None else self._rows(rows)
+        if (np.diff(chosen) <= 0).any() or len(chosen) == 0:
+            raise InputError(f"expected ascending rows, at least one, found {chosen.tolist()}")
+        x = self._checked(x, (len(chosen), None, self._entry.input_width), check_finite)
+        n = x.shape[1]
+        if n == 0:
+            raise InputError("expected at least one frame, found none")
+        self._check_out(out, len(chosen))
+        if not self._slides and self._lengths[chosen].max() + n > self._max_len:
+            raise StreamFullError(self._full_message(n))
+        if out is None:
+            out = np.empty((len(chosen), *self._entry.output_shape), np.float32)
+        done = 0
+        for run in _runs(chosen):
+            end = done + run.stop - run.start
+            out[done:end] = self._feed(run, x[done:end])
+            done = end
+        self._longest = int(self._lengths.max())
+        return out
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Let rows start anew, all by default.
+
+        Parameters
+        ----------
+        rows : sequence of int, optional
+        """
+        chosen: Any = slice(None) if rows is None else self._rows(rows)
+        self._lengths[chosen] = 0
+        for state in self._ema:
+            state[chosen] = 0
+        self._longest = int(self._lengths.max())
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let each row go on from the state of another: row ``i`` from that of ``rows[i]``.
+
+        For the beams of a search, or environments that are copied.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            ``batch`` rows; a row may stand there more than once.
+        """
+        source = self._rows(rows)
+        if len(source) != self._batch:
+            raise InputError(f"expected {self._batch} rows, found {len(source)}")
+        moved = np.flatnonzero(source != np.arange(self._batch))
+        if len(moved) == 0:
+            return
+        source = source[moved]
+        used = min(int(self._lengths[source].max()), self._max_len)
+        self._lengths[moved] = self._lengths[source]
+        for state in self._ema:
+            state[moved] = state[source]
+        for cache in self._caches:
+            for start in range(0, used, _MOVED_FRAMES):
+                frames = slice(start, min(start + _MOVED_FRAMES, used))
+                cache[moved, frames] = cache[source, frames]
+        self._longest = int(self._lengths.max())
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the state."""
+        used = min(self._longest, self._max_len)
+        arrays = (s.copy() if s.ndim == 2 else s[:, :used].copy() for s in self._states)
+        return Snapshot(self._lengths.copy(), tuple(arrays), self._origin)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot.
+
+        Parameters
+        ----------
+        snapshot : Snapshot
+            Of this stream, or of another with its weights, batch, ``max_len`` and ``on_full``.
+
+        Raises
+        ------
+        InputError
+            If it is of another kind of stream; the state is as before.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise InputError(f"expected a Snapshot, found {type(snapshot).__name__}")
+        if snapshot.origin != self._origin:
+            raise InputError(
+                "expected a snapshot of a stream with the same model, batch, max_len and on_full: "
+                f"{self._origin}; found {snapshot.origin}"
+            )
+        self._lengths[:] = snapshot.lengths
+        for state, saved in zip(self._states, snapshot.arrays, strict=True):
+            if state.ndim == 2:
+                state[...] = saved
+            else:
+                state[:, : saved.shape[1]] = saved
+        self._longest = int(self._lengths.max())
+
+    @property
+    def _origin(self) -> tuple[Any, ...]:
+        digest = self._model.metadata["library"]["sha256"]
+        tensors = self._model.metadata["tensors"]["sha256"]
+        return digest, tensors, self._batch, self._max_len, self._slides
+
+    def _feed(self, run: slice, x: Array) -> Array:
+        """Feed frames to neighbouring rows, in pieces; return the last one's output."""
+        batch, n = x.shape[:2]
+        done = 0
+        while done < n:
+            # A piece must not wrap around a cache: its first queries would miss rows that its last
+            # frames have replaced. Full caches take one frame at a time.
+            room = max(1, self._max_len - int(self._lengths[run].max()))
+            frames = min(n - done, self._piece, room)
+            arguments = self._arguments(run, frames)
+            piece = self._x[: batch * frames * x.shape[2]].reshape(batch, frames, -1)
+            np.copyto(piece, x[:, done : done + frames])
+            self._call(arguments)
+            self._lengths[run] += frames
+            done += frames
+        return self._y[:batch]
+
+    def _arguments(self, run: slice, frames: int) -> tuple[tvm_ffi.Tensor, ...]:
+        """Return what the entry's function takes, for some frames to neighbouring rows."""
+        batch, width = run.stop - run.start, self._entry.input_width
+        x = self._x[: batch * frames * width].reshape(batch, frames, width)
+        return (
+            _tensor(x),
+            _tensor(self._lengths[run]),
+            *(_tensor(state[run]) for state in self._states),
+            self._model._tensors.block,
+            self._workspace,
+            _tensor(self._y[:batch]),
+        )
+
+    def _call(self, arguments: tuple[tvm_ffi.Tensor, ...]) -> None:
+        model = self._model
+        model._library.use_threads(model.num_threads)
+        if self._run(*arguments) != 0:
+            raise MegaError(f"a kernel of {self._entry.name} failed: out of memory")
+
+    def _checked(self, x: Any, shape: tuple[int | None, ...], check_finite: bool) -> Array:
+        array = as_array(x)
+        fits = len(array.shape) == len(shape) and all(
+            want is None or want == found for want, found in zip(shape, array.shape, strict=True)
+        )
+        if not fits:
+            names = [str(size) if size else "n" for size in shape]
+            raise InputError(
+                f"expected an array of shape [{', '.join(names)}], found {list(array.shape)}; this "
+                f"stream has batch {self._batch}"
+            )
+        if array.dtype != np.float32:  # '>f4' differs too
+            raise InputError(dtype_message(array.dtype))
+        if check_finite and not np.isfinite(array).all():
+            raise InputError(f"expected finite values, found {non_finite(array)}")
+        return array
+
+    def _check_out(self, out: Array | None, rows: int) -> None:
+        if out is None:
+            return
+        shape = (rows, *self._entry.output_shape)
+        if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.float32:
+            found = f"{getattr(out, 'dtype', type(out).__name__)} {list(getattr(out, 'shape', ()))}"
+            raise InputError(f"expected out to be a float32 array {list(shape)}, found {found}")
+        if not out.flags.writeable:
+            raise InputError("expected out to be writable, found a read-only array")
+
+    def _rows(self, rows: Sequence[int]) -> npt.NDArray[np.intp]:
+        chosen = np.asarray(rows)
+        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
+            raise InputError(f"expected rows to be a list of integers, found {rows!r}")
+        if ((chosen < 0) | (chosen >= self._batch)).any():
+            raise InputError(f"expected rows from 0 to {self._batch - 1}, found {chosen.tolist()}")
+        return chosen.astype(np.intp)
+
+    def _full_message(self, n: int) -> str:
+        return (
+            f"{n} more frame(s) do not fit: the longest row holds {self._longest} of "
+            f"max_len={self._max_len}; reset() rows whose sequence has ended, make the stream with "
+            'a larger max_len, or with on_full="slide"'
+        )
+
+
+def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> Stream:
+    """Make a stream, as `Model.stream` says."""
+    description = model.metadata.get("stream") or {"left_out": "it is of an older compiler"}
+    if reason := description.get("left_out"):
+        raise StreamUnsupportedError(f"this model cannot stream: {reason}")
+    entry = StreamEntry.from_manifest(description)
+    try:
+        run = model._module.get_function(f"{entry.name}__run", query_imports=True)
+    except AttributeError as error:
+        raise DamagedArtifactError(
+            f"the manifest names an entry {entry.name!r}, which the library does not hold; compile "
+            "the model again"
+        ) from error
+    if max_len is None:
+        max_len = max(e["seq_len"] for e in model.metadata["entries"])
+    return Stream(model, entry, run, batch, max_len, on_full)
+
+
+def _tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:
+    # Without a check of its alignment: all arrays and rows of states start at cache lines, but for
+    # lengths, which are read one by one.
+    return tvm_ffi.from_dlpack(array)
+
+
+def _runs(rows: npt.NDArray[np.intp]) -> Iterator[slice]:
+    """Yield the runs of neighbours among ascending rows."""
+    for part in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+        yield slice(int(part[0]), int(part[-1]) + 1)
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, found {value!r}")
+    return value

@@ -1,0 +1,244 @@
+"""A tuning from its start, or from where it was interrupted, to its end.
+
+1. Search. Batch after batch goes to the kernel that takes the largest share of the model's time,
+   for the batches that it had: an interrupt at any time leaves the trials where they matter. Each
+   batch is in the log before the next one starts.
+2. Confirm. The fastest candidates of each kernel are measured against its hand schedule, turn by
+   turn. Only what wins there is confirmed, and only confirmed records are used by a compile; where
+   none wins, the hand schedule is confirmed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+import mega_tvm
+
+from ..bench.environment import hardware
+from ..errors import TuningError
+from ..targets import CpuTarget
+from .log import append, best_confirmed, is_log, read_log
+from .record import Record, TargetKey
+from .search import Search
+from .space import Decisions
+from .tasks import Kernel
+from .versions import made_by
+from .workers import Pool, Result, WorkerError
+
+BATCH = 16
+# Candidates of a kernel that are measured against the hand schedule.
+FINALISTS = 3
+# A candidate must be faster in the median by more than what two runs of one differ by, and in three
+# rounds of four.
+LEAST_GAIN = 1.01
+# Candidates in a row that found no device: there is none.
+LOST_IN_A_ROW = 2 * BATCH
+
+
+@dataclasses.dataclass
+class Progress:
+    """A kernel's state of tuning.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    search : Search
+    batches : int
+        Batches that it got.
+    trials, failed : int
+        Candidates measured, those of earlier tunings included, and how many of them failed.
+    confirmed : Record or None
+        What a compile will use.
+    """
+
+    kernel: Kernel
+    search: Search
+    batches: int = 0
+    trials: int = 0
+    failed: int = 0
+    confirmed: Record | None = None
+
+    @property
+    def urgency(self) -> float:
+        """Share of the model's time, less with each batch: trials go as the root of the share."""
+        best = self.search.best
+        if best is None:
+            return float("inf") if self.batches == 0 else 0.0
+        return self.kernel.calls * best[1] / (1 + self.batches) ** 2
+
+
+Report = Callable[[Sequence[Progress], Progress], None]
+
+
+class Session:
+    """A tuning of kernels into a log.
+
+    Parameters
+    ----------
+    kernels : sequence of Kernel
+    target : CpuTarget
+    threads : int
+    directory : Path
+        The log; what it holds of these kernels, by these versions, is built on.
+    seed : int
+    pool : Pool
+
+    Attributes
+    ----------
+    kernels : list of Progress
+    report : callable
+        Called after each batch and each confirmation, with all kernels and the one that it was for.
+    problems : list of str
+        What was skipped in the log.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[Kernel],
+        target: CpuTarget,
+        threads: int,
+        directory: Path,
+        seed: int,
+        pool: Pool,
+    ) -> None:
+        self.kernels = [
+            Progress(kernel, Search(kernel.space, seed + index))
+            for index, kernel in enumerate(kernels)
+        ]
+        self.problems: list[str] = []
+        self._target = TargetKey.of(target)
+        self._measured = dataclasses.replace(target, num_cores=threads).tvm_target()
+        self._directory, self._pool = directory, pool
+        self.report: Report = lambda every, one: None
+        self._started = time.perf_counter()
+        self._lost = 0
+        self._run: dict[str, Any] = {
+            "id": uuid.uuid4().hex,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": _device(),
+            "versions": {"mega_tvm": mega_tvm.__version__, "tvm": tvm.__version__},
+            "threads": threads,
+            "seed": seed,
+            "trials": 0,
+            "seconds": 0,
+        }
+        if is_log(directory):
+            self._resume(threads)
+        else:  # now, not after the first batch: a directory that cannot be written to is told
+            self._append([])
+
+    def run(self, trials: int) -> None:
+        """Search until there are ``trials`` in all, those in the log included; then confirm.
+
+        Raises
+        ------
+        TuningError
+            If the log cannot be written, or no device of a fleet answers.
+        """
+        while True:
+            left = trials - sum(progress.trials for progress in self.kernels)
+            open_ = [progress for progress in self.kernels if not progress.search.exhausted]
+            if left <= 0 or not open_:
+                break
+            self._batch(max(open_, key=lambda progress: progress.urgency), min(BATCH, left))
+        for progress in self.kernels:
+            if progress.confirmed is None:
+                self._confirm(progress)
+
+    def _resume(self, threads: int) -> None:
+        log = read_log(self._directory)
+        self.problems += log.problems
+        if log.target != self._target:
+            raise TuningError(
+                f"{self._directory}: is a log of target {log.target}, not of {self._target}; give "
+                "each target a directory of its own"
+            )
+        for progress in self.kernels:
+            kernel = progress.kernel
+            ours = [
+                record
+                for record in log.records
+                if record.key == kernel.key
+                and record.threads == threads
+                and record.made_by == made_by(kernel.key[0])
+                and kernel.space.holds(record.decisions)
+            ]
+            for record in ours:
+                if record.hand_seconds is None:
+                    progress.search.tell(record.decisions, record.seconds)
+                    progress.trials += 1
+                    progress.failed += record.seconds is None
+            progress.batches = -(-progress.trials // BATCH)
+            # A search that went on since then may have found something better.
+            if ours and ours[-1].hand_seconds is not None:
+                progress.confirmed = best_confirmed(ours)
+
+    def _batch(self, progress: Progress, size: int) -> None:
+        candidates = progress.search.propose(size)
+        results = self._pool.measure(progress.kernel.task, candidates)
+        lost = all(result.lost for result in results)
+        self._lost = self._lost + len(results) if lost else 0
+        if self._lost >= LOST_IN_A_ROW:
+            raise TuningError(
+                f"no device answers: {results[0].error}. What was measured is in "
+                f"{self._directory}; start again to go on"
+            )
+        pairs = list(zip(candidates, results, strict=True))
+        known = [pair for pair in pairs if not pair[1].lost]
+        for decisions, result in pairs:  # one that lost its device may try again another time
+            progress.search.tell(decisions, result.seconds)
+        for _, result in known:
+            progress.trials += 1
+            progress.failed += result.seconds is None
+        progress.batches += 1
+        progress.confirmed = None
+        self._append([self._record(progress, *pair) for pair in known])
+        self.report(self.kernels, progress)
+
+    def _record(self, progress: Progress, decisions: Decisions, result: Result) -> Record:
+        return Record.make(
+            progress.kernel.space,
+            decisions,
+            self._measured,
+            result.seconds,
+            error=result.error,
+        )
+
+    def _confirm(self, progress: Progress) -> None:
+        space, hand = progress.kernel.space, progress.kernel.space.hand
+        ratio, chosen, hand_s = 1.0, hand, progress.search.hand_seconds
+        for decisions, _ in progress.search.ranked(FINALISTS):
+            if decisions == hand:
+                continue
+            try:
+                found = self._pool.paired(progress.kernel.task, hand, decisions)
+            except WorkerError:  # it ran before; the hand schedule stays
+                continue
+            hand_s = found.first_s
+            if found.ratio > ratio and found.ratio >= LEAST_GAIN and found.low_ratio >= 1:
+                ratio, chosen = found.ratio, decisions
+        if not hand_s:  # the hand schedule itself failed: there is nothing to confirm
+            return
+        progress.confirmed = Record.make(
+            space, chosen, self._measured, hand_s / ratio, hand_seconds=hand_s
+        )
+        self._append([progress.confirmed])
+        self.report(self.kernels, progress)
+
+    def _append(self, records: Sequence[Record]) -> None:
+        self._run["trials"] += sum(record.hand_seconds is None for record in records)
+        self._run["seconds"] = round(time.perf_counter() - self._started, 1)
+        append(self._directory, self._target, records, dict(self._run))
+
+
+def _device() -> Mapping[str, Any]:
+    found = hardware()
+    return {name: found[name] for name in ("cpu", "features", "cores", "l3_bytes")}

@@ -1,0 +1,89 @@
+"""The kernels of a model, taken at the point where a compile schedules them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from tvm import tirx
+from tvm.ir import Op
+from tvm.s_tir.meta_schedule.database import Workload
+
+from schedules.common.spec import OP_ATTR, SPEC_ATTR
+from schedules.registry import kernel_op
+
+from ..compiler import import_entries
+from ..frontend.onnx import OnnxModel
+from ..pipeline import calls_of, graph_phase, kernel_phase
+from ..targets import CpuTarget
+from .record import KernelKey
+from .space import Space
+from .trial import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of a model.
+
+    Parameters
+    ----------
+    name : str
+        As the compile names it.
+    key : tuple of str
+        Op and specification.
+    calls : int
+        Over all entries of the model.
+    space : Space
+    task : Task
+        What a worker gets.
+    """
+
+    name: str
+    key: KernelKey
+    calls: int
+    space: Space
+    task: Task
+
+
+def extract_kernels(
+    module: torch.nn.Module | OnnxModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    target: CpuTarget,
+    threads: int,
+) -> list[Kernel]:
+    """Return the Mega kernels of a model that have decisions to make, each specification once.
+
+    Parameters
+    ----------
+    module : Module or OnnxModel
+    shapes : mapping of str to tuple
+        Input shapes by entry, as `mega_tvm.compiler.input_shapes` returns them.
+    target : CpuTarget
+    threads : int
+        Threads that kernels run with.
+    """
+    measured = dataclasses.replace(target, num_cores=threads)
+    tvm_target = measured.tvm_target()
+    with tvm_target:
+        mod = kernel_phase(graph_phase(import_entries(module, shapes)[0]))
+    called = Counter(
+        str(call.args[0].name_hint)
+        for _, call in calls_of(mod)
+        if call.op == Op.get("relax.call_tir")
+    )
+    kernels: dict[KernelKey, Kernel] = {}
+    for gvar, func in mod.functions_items():
+        if not isinstance(func, tirx.PrimFunc) or kernel_op(func) is None:
+            continue
+        name, key = str(gvar.name_hint), (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]))
+        space = Space.of(func, tvm_target)
+        if space.size == 1:
+            continue
+        same = kernels.get(key)
+        calls = called[name] + (same.calls if same else 0)
+        name = same.name if same else name
+        task = Task(name, Workload(space.workload).as_json(), measured)
+        kernels[key] = Kernel(name, key, calls, space, task)
+    return list(kernels.values())

@@ -1,0 +1,170 @@
+"""What runs inside a worker of `mega_tvm.tuning.workers`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from .operands import Operands
+from .space import Decisions
+from .trial import (
+    Candidate,
+    Loaded,
+    Task,
+    WrongResultError,
+    build_candidate,
+    paired_times,
+    task_operands,
+)
+
+# Time spent on timing one candidate, and on a pair of them.
+BUDGET_S = 0.1
+PAIRED_BUDGET_S = 2.0
+PAIRED_ROUNDS = 21
+# A server that dies takes its trial along; a second one gets the trial. No more: it may be the
+# candidate that kills them.
+SERVERS_A_TRIAL = 2
+# A server ends the session of a candidate that takes longer.
+SESSION_LIMIT_S = 10
+_SESSION_ENDED = "RPCSessionTimeoutError"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracker:
+    """Where the devices of a fleet are asked for: TVM's RPC tracker, and their key."""
+
+    host: str
+    port: int
+    key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a candidate: seconds a call, or why it has none.
+
+    ``lost`` says that the device went away: nothing is known of the candidate.
+    """
+
+    seconds: float | None
+    error: str | None = None
+    lost: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedResult:
+    """Two candidates measured turn by turn, see `mega_tvm.tuning.trial.paired_times`."""
+
+    first_s: float
+    second_s: float
+    ratio: float
+    low_ratio: float
+
+
+class _State:
+    """What a worker keeps from call to call."""
+
+    threads: int = 1
+    tracker: Tracker | None = None
+    operands: dict[str, Operands] = {}  # noqa: RUF012  (a worker has one state)
+    built: dict[tuple[Any, ...], Candidate] = {}  # noqa: RUF012
+
+
+def start(threads: int, tracker: Tracker | None, on_start: Callable[[], None] | None) -> None:
+    """Set a worker up."""
+    # It is the parent that ends workers, on an interrupt as well; without a parent, the system.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ["TVM_NUM_THREADS"] = str(threads)  # read when the pool starts, at the first kernel
+    _State.threads, _State.tracker = threads, tracker
+    if on_start is not None:
+        on_start()
+
+
+def build(task: Task, decisions: Decisions) -> Result | None:
+    """Build a candidate and keep it; return a result only if that fails."""
+    try:
+        _State.built[_key(task, decisions)] = build_candidate(task, decisions, _operands(task))
+    except Exception as error:
+        return Result(None, f"build: {_line(error)}")
+    return None
+
+
+def measure(task: Task, decisions: Decisions) -> Result:
+    """Measure a candidate, built before or now."""
+    operands = _operands(task)
+    candidate = _State.built.pop(_key(task, decisions), None)
+    lost: Exception | None = None
+    for _ in range(SERVERS_A_TRIAL):
+        try:
+            candidate = candidate or build_candidate(task, decisions, operands)
+            with _loaded([candidate], operands) as (loaded,):
+                return Result(loaded.measure(BUDGET_S))
+        except WrongResultError as error:
+            return Result(None, str(error))
+        except Exception as error:
+            if _State.tracker is None or _SESSION_ENDED in str(error):
+                return Result(None, f"run: {_line(error)}")
+            lost = error
+    assert lost is not None
+    return Result(None, f"device lost: {_line(lost)}", lost=True)
+
+
+def paired(task: Task, first: Decisions, second: Decisions) -> PairedResult | Result:
+    """Measure two candidates turn by turn, or say why that failed."""
+    try:
+        operands = _operands(task)
+        candidates = [build_candidate(task, each, operands) for each in (first, second)]
+        with _loaded(candidates, operands) as (a, b):
+            return PairedResult(*paired_times(a, b, PAIRED_ROUNDS, PAIRED_BUDGET_S))
+    except Exception as error:
+        return Result(None, _line(error))
+
+
+def _operands(task: Task) -> Operands:
+    if task.name not in _State.operands:
+        _State.operands = {task.name: task_operands(task)}
+    return _State.operands[task.name]
+
+
+@contextlib.contextmanager
+def _loaded(candidates: list[Candidate], operands: Operands) -> Iterator[list[Loaded]]:
+    tracker = _State.tracker
+    if tracker is None:
+        yield [Loaded.here(candidate, operands) for candidate in candidates]
+        return
+    devices = tvm.rpc.connect_tracker(tracker.host, tracker.port)
+    session = devices.request(tracker.key, session_timeout=SESSION_LIMIT_S)
+    _check_threads(session)
+    with tempfile.TemporaryDirectory(prefix="mega-tvm-tune-") as folder:
+        yield [
+            Loaded.there(candidate, operands, session, Path(folder) / f"candidate{index}.so")
+            for index, candidate in enumerate(candidates)
+        ]
+
+
+def _check_threads(session: Any) -> None:
+    threads = int(session.get_function("runtime.NumThreads")())
+    if threads != _State.threads:
+        raise RuntimeError(
+            f"the RPC server runs {threads} thread(s), not {_State.threads}: start it with "
+            f"TVM_NUM_THREADS={_State.threads}"
+        )
+
+
+def _key(task: Task, decisions: Decisions) -> tuple[Any, ...]:
+    return (task.name, *sorted(decisions.items()))
+
+
+def _line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

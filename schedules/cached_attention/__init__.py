@@ -1,0 +1,1 @@
+"""Causal softmax attention of new frames over a cache of earlier ones."""

@@ -1,0 +1,197 @@
+"""A tuning from start to end, interrupted and resumed, and what stands in its log."""
+
+from __future__ import annotations
+
+import pytest
+
+from mega_tvm.errors import TuningError
+from mega_tvm.tuning import session as session_module
+from mega_tvm.tuning.log import append, best_confirmed, read_log
+from mega_tvm.tuning.record import TargetKey
+from mega_tvm.tuning.session import Session
+from mega_tvm.tuning.workers import PairedResult, Pool, Result, WorkerError
+from tests.tuning.builders import (
+    dense_kernel,
+    install_faults,
+    native,
+    norm_kernel,
+    record,
+    target_key,
+)
+
+
+class FakePool:
+    """Times that a formula gives, in place of workers."""
+
+    def __init__(self, seconds, ratio: float = 1.5, low_ratio: float = 1.2) -> None:
+        self.seconds, self.ratio, self.low_ratio = seconds, ratio, low_ratio
+        self.measured = []
+        self.pairs = []
+        self.interrupt_after = None
+
+    def measure(self, task, candidates):
+        if self.interrupt_after is not None and len(self.measured) >= self.interrupt_after:
+            raise KeyboardInterrupt
+        self.measured += [(task.name, *sorted(c.items())) for c in candidates]
+        return [self.seconds(task.name, decisions) for decisions in candidates]
+
+    def paired(self, task, first, second):
+        self.pairs.append((task.name, first, second))
+        return PairedResult(1e-5, 1e-5 / self.ratio, self.ratio, self.low_ratio)
+
+
+def quick_tiles(_name, decisions):
+    return Result(1e-5 + 1e-6 * sum(decisions.values()))
+
+
+@pytest.fixture
+def kernels():
+    return [dense_kernel(), norm_kernel()]
+
+
+def session(kernels, directory, pool, seed: int = 0) -> Session:
+    return Session(kernels, native(), 1, directory, seed, pool)
+
+
+def test_a_tuning_ends_with_a_confirmed_record_of_each_kernel(kernels, tmp_path) -> None:
+    pool = FakePool(quick_tiles)
+    session(kernels, tmp_path, pool).run(40)
+    log = read_log(tmp_path)
+    assert log.problems == ()
+    assert len(pool.measured) == 40  # four of them are all that layer_norm has
+    assert len(log.records) == 42
+    for kernel in kernels:
+        best = best_confirmed(r for r in log.records if r.key == kernel.key)
+        assert best.gain == pytest.approx(1.5, rel=1e-3)
+        assert best.threads == 1
+        assert best.decisions != kernel.space.hand
+    (run,) = log.runs
+    assert (run["trials"], run["seed"], run["threads"]) == (40, 0, 1)
+    assert run["device"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low_ratio"),
+    [
+        pytest.param(0.9, 0.8, id="slower"),
+        pytest.param(1.004, 1.001, id="within-noise"),
+        pytest.param(1.3, 0.97, id="not-in-every-round"),
+    ],
+)
+def test_the_hand_schedule_stays_where_nothing_surely_beats_it(
+    kernels, tmp_path, ratio, low_ratio
+) -> None:
+    session(kernels, tmp_path, FakePool(quick_tiles, ratio, low_ratio)).run(40)
+    for kernel in kernels:
+        best = best_confirmed(r for r in read_log(tmp_path).records if r.key == kernel.key)
+        assert best.decisions == kernel.space.hand
+        assert best.gain == 1
+
+
+def test_an_interrupted_tuning_goes_on_where_it_was(kernels, tmp_path) -> None:
+    first = FakePool(quick_tiles)
+    first.interrupt_after = 20
+    with pytest.raises(KeyboardInterrupt):
+        session(kernels, tmp_path, first).run(60)
+    log = read_log(tmp_path)
+    assert len(log.records) == len(first.measured) >= 20
+    assert best_confirmed(log.records) is None
+
+    second = FakePool(quick_tiles)
+    session(kernels, tmp_path, second).run(60)
+    assert len(first.measured) + len(second.measured) == 60
+    assert not set(first.measured) & set(second.measured)
+    assert len(read_log(tmp_path).runs) == 2
+
+    third = FakePool(quick_tiles)
+    session(kernels, tmp_path, third).run(60)  # at its end already
+    assert (third.measured, third.pairs) == ([], [])
+
+
+def test_more_trials_confirm_anew(kernels, tmp_path) -> None:
+    session(kernels, tmp_path, FakePool(quick_tiles)).run(20)
+    pool = FakePool(quick_tiles, ratio=2.0)
+    session(kernels, tmp_path, pool).run(36)
+    assert {name for name, *_ in pool.pairs} == {"dense"}  # layer_norm had no new trial
+
+
+def test_records_by_other_versions_are_not_built_on(kernels, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("mega_tvm.tuning.record.made_by", lambda op: "mega_tvm 0.0.0")
+    session(kernels, tmp_path, FakePool(quick_tiles)).run(20)
+    monkeypatch.undo()
+    pool = FakePool(quick_tiles)
+    session(kernels, tmp_path, pool).run(20)
+    assert len(pool.measured) == 20
+
+
+def test_other_thread_counts_are_other_records(kernels, tmp_path) -> None:
+    session(kernels, tmp_path, FakePool(quick_tiles)).run(20)
+    pool = FakePool(quick_tiles)
+    Session([dense_kernel()], native(2), 2, tmp_path, 0, pool).run(5)
+    assert len(pool.measured) == 5
+    assert {r.threads for r in read_log(tmp_path).records} == {1, 2}
+
+
+def test_the_slowest_kernel_gets_most_trials(tmp_path) -> None:
+    kernels = [dense_kernel(7, "small"), dense_kernel(59, "large")]
+    pool = FakePool(lambda name, _: Result(1e-3 if name == "large" else 1e-4))
+    session(kernels, tmp_path, pool).run(160)
+    names = [name for name, *_ in pool.measured]
+    assert names.count("large") > 3 * names.count("small") > 0
+
+
+def test_a_lost_device_is_no_fault_of_its_candidate(kernels, tmp_path) -> None:
+    lost = Result(None, "device lost", lost=True)
+    pool = FakePool(lambda _, d: lost if sum(d.values()) % 3 == 0 else Result(1e-5))
+    session(kernels[:1], tmp_path, pool).run(30)
+    log = read_log(tmp_path)
+    assert all(r.error is None for r in log.records)
+    assert all(r.hand_seconds or sum(r.decisions.values()) % 3 for r in log.records)
+
+
+def test_no_device_at_all_ends_a_tuning(kernels, tmp_path) -> None:
+    pool = FakePool(lambda *_: Result(None, "connection refused", lost=True))
+    with pytest.raises(TuningError, match="no device answers: connection refused"):
+        session(kernels, tmp_path, pool).run(30)
+    assert read_log(tmp_path).records == ()
+
+
+def test_finalists_that_fail_leave_the_hand_schedule(kernels, tmp_path, monkeypatch) -> None:
+    pool = FakePool(quick_tiles)
+
+    def fail(*_):
+        raise WorkerError("crashed")
+
+    monkeypatch.setattr(pool, "paired", fail)
+    session(kernels[1:], tmp_path, pool).run(4)
+    best = best_confirmed(read_log(tmp_path).records)
+    assert best.decisions == kernels[1].space.hand
+
+
+def test_a_log_of_another_target_is_refused(kernels, tmp_path) -> None:
+    append(tmp_path, TargetKey("llvm", "x86-64-v3", ("+foreign",)), [], {"id": "x"})
+    with pytest.raises(TuningError, match="is a log of target"):
+        session(kernels, tmp_path, FakePool(quick_tiles))
+
+
+def test_a_damaged_line_is_told_and_the_tuning_goes_on(kernels, tmp_path) -> None:
+    append(tmp_path, target_key(), [record(kernels[1], 1e-5)] * 2, {"id": "x"})
+    path = tmp_path / "database_tuning_record.json"
+    path.write_bytes(path.read_bytes()[:-30])
+    resumed = session(kernels, tmp_path, FakePool(quick_tiles))
+    assert any("damaged" in problem for problem in resumed.problems)
+    resumed.run(20)
+    assert read_log(tmp_path).problems == ()
+
+
+def test_a_tuning_over_faulty_candidates_ends_with_a_valid_log(tmp_path, monkeypatch) -> None:
+    """Real workers: what crashes, hangs or is wrong is recorded as failed, and never chosen."""
+    monkeypatch.setattr(session_module, "FINALISTS", 1)
+    with Pool(1, workers=1, on_start=install_faults) as pool:
+        session([norm_kernel()], tmp_path, pool).run(100)
+    log = read_log(tmp_path)
+    errors = {r.decisions["unroll"]: r.error for r in log.records if r.seconds is None}
+    assert errors == {1: "run: crashed", 8: "build: ValueError: no such tile"}
+    best = best_confirmed(log.records)
+    assert best.decisions["unroll"] in (2, 4)
+    assert len(log.records) == 5

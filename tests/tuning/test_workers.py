@@ -1,0 +1,75 @@
+"""Candidates that crash, hang or compute something else: each is told, and harms no other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mega_tvm.tuning.workers import Pool, WorkerError
+from tests.tuning.builders import FAULTS, dense_kernel, install_faults, norm_kernel
+
+GOOD = 7
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return dense_kernel()
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(1, workers=1, on_start=install_faults, build_limit_s=2, run_limit_s=1) as pool:
+        yield pool
+
+
+def measured(pool, kernel, *names: str):
+    """Measure a faulty candidate each, and good ones around them."""
+    tiles = [GOOD, *(FAULTS[name] for name in names), 8]
+    return pool.measure(kernel.task, [{**kernel.space.hand, "tile_m": tile} for tile in tiles])
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("crash", "run: crashed"),
+        ("hang", "run: took longer than 1 s"),
+        ("wrong", "wrong result: outside tolerance"),
+        ("build crash", "build: crashed"),
+        ("build hang", "build: took longer than 2 s"),
+        ("build error", "build: ValueError: no such tile"),
+    ],
+)
+def test_a_faulty_candidate_fails_alone(pool, kernel, fault, error) -> None:
+    before, faulty, after = measured(pool, kernel, fault)
+    assert faulty.seconds is None
+    assert error in faulty.error
+    assert not faulty.lost
+    for good in (before, after):
+        assert good.error is None
+        assert 1e-9 < good.seconds < 1e-2
+
+
+def test_a_pair_with_a_faulty_candidate(pool, kernel) -> None:
+    hand = kernel.space.hand
+    with pytest.raises(WorkerError, match="wrong result"):
+        pool.paired(kernel.task, hand, {**hand, "tile_m": FAULTS["wrong"]})
+    result = pool.paired(kernel.task, hand, {**hand, "tile_m": 8})
+    assert result.first_s > 0
+    assert result.second_s > 0
+    assert result.low_ratio <= result.ratio
+
+
+def test_two_workers_share_a_batch(kernel) -> None:
+    other = norm_kernel()
+    with Pool(1, workers=2) as pool:
+        results = pool.measure(other.task, [{"unroll": n} for n in (1, 2, 4, 8, 4)])
+        assert len(results) == 5
+        assert all(result.seconds for result in results)
+        assert pool.measure(other.task, []) == []
+
+
+def test_a_task_that_no_worker_can_read(pool, kernel) -> None:
+    broken = dataclasses.replace(kernel.task, name="broken", workload=["0", "?"])
+    (result,) = pool.measure(broken, [kernel.space.hand])
+    assert result.error.startswith("build: ")
