@@ -32,7 +32,7 @@ from schedules.registry import hand_schedule, kernel_op
 
 from .aot import RUN_SUFFIX, add_run_functions, tensor_block
 from .errors import CompileError, UnsupportedModelError
-from .lowering import CPU_PIPELINE, keep_c_functions_private
+from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functions
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
@@ -244,6 +244,7 @@ def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
+            order_shape_functions,
             relax.transform.AttachGlobalSymbol(),
             keep_c_functions_private,
         ]
