@@ -69,6 +69,24 @@ def keep_c_functions_private(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
     return tvm.IRModule(functions, attrs=mod.attrs)
 
 
+@tvm.transform.module_pass(opt_level=0, name="OrderShapeFunctions")
+def order_shape_functions(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+    """Store the sizes that the VM computes by their places.
+
+    ``VMShapeLower`` stores them in the order of a hash map over pointers, which differs from one
+    process to another: the same model would not give the same bytes. Each is computed from
+    arguments alone.
+    """
+    functions = {}
+    for gvar, func in mod.functions.items():
+        shapes = isinstance(func, tirx.PrimFunc) and gvar.name_hint.startswith("shape_func")
+        if shapes and isinstance(func.body, tirx.SeqStmt):
+            stores = sorted(func.body.seq, key=lambda store: int(store.indices[0]))
+            func = func.with_body(tirx.SeqStmt(stores))
+        functions[gvar] = func
+    return tvm.IRModule(functions, attrs=mod.attrs)
+
+
 def _cpu_pipeline() -> tuple[Any, Any, Any]:
     lower, finalize_host, finalize_device = s_tir.pipeline.default_s_tir_pipeline()
     return (

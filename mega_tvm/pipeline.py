@@ -38,7 +38,7 @@ from .cuda.lowering import generated_source, launch_threads, lower_cuda
 from .cuda.passes import CUDA_PASSES
 from .cuda.target import CudaTarget
 from .errors import CompileError, UnsupportedModelError
-from .lowering import CPU_PIPELINE, keep_c_functions_private
+from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functions
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
@@ -280,6 +280,7 @@ def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
+            order_shape_functions,
             relax.transform.AttachGlobalSymbol(),
             keep_c_functions_private,
         ]

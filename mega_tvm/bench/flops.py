@@ -40,17 +40,19 @@ def plain_flops(workload: Workload, pruned: bool) -> int:
     return B * (embedding + (config.num_layers - 1) * layer(T) + layer(1 if pruned else T))
 
 
-def kernel_flops(op: str, spec: Mapping[str, Any]) -> int:
+def kernel_flops(op: str, spec: Mapping[str, Any] | None) -> int:
     """Return the operations of one call of a kernel, from the specification in the manifest.
 
     Parameters
     ----------
     op : str
         The kernel's folder in ``schedules/``.
-    spec : mapping
-        Fields of its ``KernelSpec``. Where it has dimensions that only a call brings, the result
-        is 0: it cannot be told.
+    spec : mapping or None
+        Fields of its ``KernelSpec``. Without one, or with dimensions that only a call brings, the
+        result is 0: it cannot be told.
     """
+    if spec is None:
+        return 0
     sizes = (*spec.get("lead", ()), *(spec.get(name) for name in ("batch", "seq_len", "q_len")))
     if any(isinstance(size, str) for size in sizes):
         return 0

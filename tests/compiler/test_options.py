@@ -40,7 +40,8 @@ def test_random_options(tmp_path_factory, case) -> None:
     options, batch = case
     source = random_mega(**options)
     # A fresh name: a process that loaded a library keeps it by its path.
-    path = compile_model(source, batch=batch, output=tmp_path_factory.mktemp("m") / "m.so")
+    output = tmp_path_factory.mktemp("m") / "m.so"
+    path = compile_model(source, batch=batch, symbolic=False, stream=False, output=output)
     x = np.random.default_rng(1).standard_normal(
         (batch, source.config.seq_len, source.config.embed_dim), dtype=np.float32
     )

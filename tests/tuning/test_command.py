@@ -22,6 +22,7 @@ from tests.tuning.builders import ROOT, norm_kernel, record, short_budget, targe
 # A model of a dozen kernels that compile in a moment.
 MODEL = ["--embed-dim", "8", "--hidden-size", "8", "--ema-dim", "2", "--num-layers", "1"]
 MODEL += ["--seq-len", "3"]
+PLAIN = ["--no-symbolic", "--no-stream"]  # no records are of them
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_a_compile_uses_what_was_tuned(resumed, tmp_path, capsys, monkeypatch) -
     directory, *_ = resumed
     monkeypatch.chdir(tmp_path)
     for name in ("a.so", "b.so"):
-        argv = [*MODEL, "--tuning-log", str(directory), "-o", name]
+        argv = [*MODEL, *PLAIN, "--tuning-log", str(directory), "-o", name]
         assert compile_command.main(argv) == 0
     out = capsys.readouterr().out
     confirmed = {r.key for r in read_log(directory).records if r.hand_seconds is not None}
@@ -110,7 +111,7 @@ def test_a_compile_uses_what_was_tuned(resumed, tmp_path, capsys, monkeypatch) -
 
 def test_no_tuning(resumed, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert compile_command.main([*MODEL, "--no-tuning", "-o", "c.so"]) == 0
+    assert compile_command.main([*MODEL, *PLAIN, "--no-tuning", "-o", "c.so"]) == 0
     manifest = read_manifest(tmp_path / "c.so")
     assert {kernel["schedule"] for kernel in manifest["kernels"]} <= {"hand", "generic"}
     assert manifest["tuning"] == {"log": None, "threads": 1}

@@ -41,7 +41,8 @@ class LoadedModel:
                 batch=workload.batch,
                 seq_len=workload.seq_len,
                 threads=threads,
-                symbolic=False,  # it would not run
+                symbolic=False,  # neither this
+                stream=False,  # nor that would run
                 output=library,
             )
         self.library = library
