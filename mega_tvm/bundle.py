@@ -69,13 +69,18 @@ def write_bundle(library: Path, directory: str | os.PathLike[str]) -> Path:
     Raises
     ------
     CompileError
-        If the directory is not new, or something cannot be read or written.
+        If the directory is not new, something cannot be read or written, or the library is for a
+        GPU.
     ArtifactError
         If the library is not a compiled model.
     """
     directory = Path(os.path.abspath(directory))
     check_bundle_destination(directory)
-    read_manifest(library)
+    target = read_manifest(library)["target"]
+    if target["kind"] != "llvm":
+        raise CompileError(
+            f"{library}: bundles hold what runs on CPUs; this library is for {target['name']}"
+        )
     try:
         with tempfile.TemporaryDirectory(prefix=".mega_tvm-", dir=directory.parent) as aside:
             whole = Path(aside) / "bundle"

@@ -54,7 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--target",
         default="native",
         metavar="NAME",
-        help="native (default), x86-64-v3, x86-64-v4 or sapphirerapids",
+        help="native (default), x86-64-v3, x86-64-v4 or sapphirerapids; cuda, cuda-sm_80+sm_90",
     )
     add(
         "--weights",
@@ -207,7 +207,9 @@ def _compile(arguments: argparse.Namespace) -> int:
         from .artifact_format import read_manifest
         from .compiler import compile_model
         from .model_source import resolve_model
+        from .targets import CpuTarget, resolve_target
 
+    on_cpu = isinstance(resolve_target(arguments.target), CpuTarget)
     model: Path | MegaConfig | None = file
     if model is None:
         model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})
@@ -225,12 +227,12 @@ def _compile(arguments: argparse.Namespace) -> int:
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, lengths)),
             "any other shape": "refused"
-            if arguments.no_symbolic
+            if arguments.no_symbolic or not on_cpu
             else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
-            "streams": "left out" if arguments.no_stream else "if the model can",
+            "streams": "if the model can" if on_cpu and not arguments.no_stream else "left out",
             "dtype": arguments.dtype,
             "tuning log": "none"
-            if arguments.no_tuning
+            if arguments.no_tuning or not on_cpu
             else arguments.tuning_log or "those shipped for the target",
             "threads": arguments.threads,
             "strict": "yes" if arguments.strict else "no",

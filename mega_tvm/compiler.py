@@ -16,6 +16,7 @@ import tvm
 from reference import MegaConfig
 
 from .artifact import check_destination, write_artifact
+from .cuda.target import CudaTarget
 from .errors import CompileError
 from .frontend.onnx import OnnxModel, import_onnx
 from .frontend.torch import import_module
@@ -35,6 +36,7 @@ DEFAULT_OUTPUT = "mega.so"
 # Query-key pairs beyond which the float64 reference takes longer than the compile: 512^2 at 4
 # layers.
 _PARITY_PAIRS = 4 * 512 * 512
+_NO_STREAM_ON_GPU = "streams run on CPUs; compile the model for one, with --target native"
 
 
 def compile_model(
@@ -71,19 +73,21 @@ def compile_model(
         ``.npz``, ``.pt``) or of an ONNX file (``.onnx``), which holds the whole model. A config
         alone gets fresh weights from ``seed``.
     target : str
-        ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``sapphirerapids``.
+        ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``sapphirerapids``; ``cuda``, or ``cuda-sm_90``
+        and the like.
     batch, seq_len : int or sequence of int
         Shapes to compile for: every batch with every length. ``seq_len`` defaults to the config's.
     input_shape : sequence of int, optional
         For a module without a Mega inside, in place of ``batch`` and ``seq_len``.
     symbolic : bool
         Whether any other batch and length runs too, through a symbolic entry. A module around a
-        Mega that does not leave them open gets none, with a warning that says why.
+        Mega that does not leave them open gets none, with a warning that says why. GPUs run the
+        given shapes alone.
     max_batch, max_seq_len : int
         The greatest batch and length of the symbolic entry.
     stream : bool
         Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
-        that mixes timesteps) are compiled without; the manifest says why.
+        that mixes timesteps; all on a GPU) are compiled without; the manifest says why.
     dtype : str
         Type of weights and arithmetic: ``float32``.
     output : path-like
@@ -121,27 +125,29 @@ def compile_model(
     CompileError, WeightsError, ModelFileError, TargetError, UnsupportedModelError, TuningError
         Each says what was expected, what came, and what to do. Nothing is written then.
     """
-    cpu_target = resolve_target(target)
+    resolved = resolve_target(target)
     if dtype not in DTYPES:
         raise CompileError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     check_destination(Path(os.path.abspath(output)))  # now, not after the compile
     source = resolve_model(model, options, seed)
     shapes = input_shapes(source, batch, seq_len, input_shape)
-    tuned = _tuned_schedules(cpu_target, tuning_log, use_tuning, _positive("threads", threads))
+    tuned = _tuned_schedules(resolved, tuning_log, use_tuning, strict, threads)
     on_phase("import")
     mod, notes = import_entries(source.module, shapes)
     for note in notes:
         on_note(note)
-    plan, streaming = SymbolicPlan(), StreamPlan(left_out=NOT_ASKED_FOR)
-    if symbolic:
+    on_cpu = isinstance(resolved, CpuTarget)
+    plan = SymbolicPlan()
+    streaming = StreamPlan(left_out=NOT_ASKED_FOR if on_cpu else _NO_STREAM_ON_GPU)
+    if symbolic and on_cpu:
         plan = plan_symbolic(source, shapes.values(), max_batch, max_seq_len)
-    if stream:
+    if stream and on_cpu:
         streaming = plan_stream(source, next(iter(shapes.values())), plan)
 
     def compile_with(plan: SymbolicPlan, streaming: StreamPlan) -> Compiled:
         return run_pipeline(
             tvm.IRModule({**mod.functions, **plan.functions, **streaming.functions}),
-            cpu_target,
+            resolved,
             tuned=tuned,
             on_scheduled=lambda: _check_tuning(tuned, strict, on_tuning),
             disabled_passes=disabled_passes,
@@ -175,19 +181,13 @@ def compile_model(
     checks |= {entry.name: probe_shapes(entry) for entry in symbolic_entries}
     width, output_shape = entries[0]["input"]["shape"][-1], entries[0]["output"]["shape"][1:]
     stream_field = streaming.describe(compiled, width, output_shape)
-    parity = _parity(compiled, source, cpu_target, checks, dtype)
+    parity = _parity(compiled, source, resolved, checks, dtype)
     if parity["checked"] and streaming.functions:
         found = check_stream(compiled, stream_field, source.oracle(), dtype)
         figures = {"max_abs": found.max_abs, "relative_rms": found.relative_rms}
         parity["entries"][STREAM] = {"checked": True, **figures}
     manifest = {
-        "target": {
-            "name": cpu_target.name,
-            "kind": "llvm",
-            "mcpu": cpu_target.mcpu,
-            "mattr": list(cpu_target.mattr),
-            "cpu_features": list(cpu_target.cpu_features),
-        },
+        "target": _describe_target(resolved),
         "dtype": dtype,
         "entries": entries,
         "symbolic_entries": [entry.describe() for entry in symbolic_entries],
@@ -195,7 +195,7 @@ def compile_model(
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
-        "tuning": {"log": tuned.digest, "threads": threads},
+        "tuning": {"log": None if tuned is None else tuned.digest, "threads": threads},
         "disabled_passes": sorted(disabled_passes),
         "parity": parity,
     }
@@ -203,9 +203,43 @@ def compile_model(
     return write_artifact(compiled.executable, manifest, output, compiled.tensors)
 
 
+def _describe_target(target: CpuTarget | CudaTarget) -> dict[str, Any]:
+    """Return the manifest's field about the target."""
+    if isinstance(target, CudaTarget):
+        return {
+            "name": target.name,
+            "kind": "cuda",
+            "mcpu": None,
+            "mattr": [],
+            "cpu_features": [],
+            "archs": [f"sm_{arch}" for arch in target.archs],
+            "ptx": None if target.ptx is None else f"compute_{target.ptx}",
+        }
+    return {
+        "name": target.name,
+        "kind": "llvm",
+        "mcpu": target.mcpu,
+        "mattr": list(target.mattr),
+        "cpu_features": list(target.cpu_features),
+    }
+
+
 def _tuned_schedules(
-    target: CpuTarget, given: str | os.PathLike[str] | None, use_tuning: bool, threads: int
-) -> TunedSchedules:
+    target: CpuTarget | CudaTarget,
+    given: str | os.PathLike[str] | None,
+    use_tuning: bool,
+    strict: bool,
+    threads: int,
+) -> TunedSchedules | None:
+    """Return the records to look up, or None for a GPU: there are none."""
+    _positive("threads", threads)
+    if isinstance(target, CudaTarget):
+        if strict or given is not None:
+            raise CompileError(
+                f"target {target.name}: tuning records are of CPUs; compile without tuning_log "
+                "and strict"
+            )
+        return None
     if not use_tuning:
         return TunedSchedules(target, threads, [])
     logs = find_logs(target, None if given is None else Path(given))
@@ -213,9 +247,11 @@ def _tuned_schedules(
 
 
 def _check_tuning(
-    tuned: TunedSchedules, strict: bool, on_tuning: Callable[[TunedSchedules], None]
+    tuned: TunedSchedules | None, strict: bool, on_tuning: Callable[[TunedSchedules], None]
 ) -> None:
     """Tell what the lookups found, and refuse a miss where the user asked for that."""
+    if tuned is None:
+        return
     on_tuning(tuned)
     missed = [f"{n}: {found}" for n, found in tuned.outcomes.items() if found.kind not in FOUND]
     if strict and missed:
@@ -315,7 +351,7 @@ def _entry(name: str, shape: tuple[int, ...], mod: tvm.IRModule) -> dict[str, An
 def _parity(
     compiled: Compiled,
     source: ModelSource,
-    target: CpuTarget,
+    target: CpuTarget | CudaTarget,
     shapes: Mapping[str, Sequence[tuple[int, ...]]],
     dtype: str,
 ) -> dict[str, Any]:

@@ -152,6 +152,12 @@ def inspect_file(path: Path) -> Report:
     return _INSPECTORS.get(path.suffix, inspect_checkpoint)(path)
 
 
+def _inspect_kernels(path: Path) -> Report:
+    from .cuda.inspect_kernels import inspect_kernels  # needs the compile extra
+
+    return inspect_kernels(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -164,10 +170,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a .nx, .safetensors, .npz, .pt, .pth or .onnx file, or a compiled .so",
         metavar="FILE",
     )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="of a library for GPUs: registers, shared memory, spills, occupancy and instructions "
+        "of each kernel, for each arch",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)
     try:
-        report = inspect_file(arguments.file)
+        report = (
+            _inspect_kernels(arguments.file) if arguments.kernels else inspect_file(arguments.file)
+        )
         if arguments.json:
             print(json.dumps(report.to_dict(), indent=2))
         else:

@@ -157,6 +157,13 @@ _TENSOR = Field(
         "dtype": Field(str, pattern="|".join(ITEM_SIZES)),
     },
 )
+_GPU = Field(
+    dict,
+    fields={
+        "archs": Field(list, items=Field(str, pattern=r"sm_\d{2,3}")),
+        "ptx": Field(str, _NULL, pattern=r"compute_\d{2,3}"),
+    },
+)
 _MANIFEST = Field(
     dict,
     fields={
@@ -184,7 +191,7 @@ _MANIFEST = Field(
             dict,
             fields={
                 "name": Field(str),
-                "kind": Field(str, pattern="llvm"),
+                "kind": Field(str, pattern="llvm|cuda"),
                 "mcpu": Field(str, _NULL),
                 "mattr": _STRINGS,
                 "cpu_features": _STRINGS,
@@ -205,6 +212,10 @@ def manifest_problem(manifest: object) -> str | None:
     if wrong := _MANIFEST.problem(manifest, ""):
         return wrong.strip()
     assert isinstance(manifest, dict)
+    if manifest["target"]["kind"] == "cuda" and (
+        wrong := _GPU.problem(manifest["target"], "target")
+    ):
+        return wrong
     entries = manifest["entries"]
     if not entries:
         return "entries must not be empty"

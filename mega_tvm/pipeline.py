@@ -1,10 +1,11 @@
 """The compiler's five phases.
 
-1. graph     prune to the last timestep, fold, merge (`mega_tvm.passes`)
+1. graph     prune to the last timestep, fold, merge (`mega_tvm.passes`, `mega_tvm.cuda.passes`)
 2. kernels   legalize to TensorIR: Mega's operators to their naive PrimFuncs, all others by TVM
 3. schedule  a schedule for every PrimFunc; nothing stays as it was written
 4. pack      weights into the layouts that the schedules want, and out of the module
-5. lower     one run function an entry (`mega_tvm.aot`), the same for the Relax VM, and LLVM code
+5. lower     one run function an entry (`mega_tvm.aot`), the same for the Relax VM, and LLVM code;
+             for GPUs the VM's alone, and CUDA code (`mega_tvm.cuda.lowering`)
 
 Packing stands behind scheduling, since a schedule's decisions choose the layout.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,19 @@ from tvm.ir import Op
 from schedules.common.kernel import ScheduledKernel
 from schedules.common.spec import SPEC_ATTR
 from schedules.generic.cpu import schedule as generic_schedule
+from schedules.generic.cuda import schedule as generic_cuda_schedule
 from schedules.registry import hand_schedule, kernel_op
 
 from .aot import RUN_SUFFIX, add_run_functions, tensor_block
+from .cuda.lowering import generated_source, launch_threads, lower_cuda
+from .cuda.passes import CUDA_PASSES
+from .cuda.target import CudaTarget
 from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functions
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
-from .symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
+from .symbolic_entry import BATCH, FIXED, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
 from .tuning.lookup import TunedSchedules
 
@@ -52,15 +58,18 @@ class Compiled:
     ----------
     executable : relax.VMExecutable
         Each entry twice: ``<entry>__run``, see `mega_tvm.aot`, and ``(x, tensors)`` for the VM.
+        For a GPU, only the VM's.
     tensors : list of array
         The packed constants.
     workspaces : dict of str to dict
-        Bytes of workspace that ``<entry>__run`` takes, by region: see `mega_tvm.symbolic_entry`.
+        Bytes of workspace that ``<entry>__run`` takes, by region: see `mega_tvm.symbolic_entry`; on
+        a GPU, bytes that all entries take.
     states : dict of str to list
         Of an entry that carries state, ``kind`` and ``width`` of each array, in order.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
-        ``schedule`` (its source) and ``calls`` (over all entries).
+        ``schedule`` (its source) and ``calls`` (over all entries); for a GPU also ``launches``, the
+        device functions that a call launches, with the threads of a block.
     seconds : dict
         Wall time of each phase.
     """
@@ -76,6 +85,8 @@ class Compiled:
         self, entry: str, x: npt.NDArray[np.float32], out_shape: tuple[int, ...]
     ) -> npt.NDArray[np.float32]:
         """Run an entry in this process, before anything is written."""
+        if not self.executable.mod.implements_function(entry + RUN_SUFFIX, query_imports=True):
+            return self._run_on_gpu(entry, x)
         function = self.executable.mod.get_function(entry + RUN_SUFFIX, query_imports=True)
         block = tensor_block(self.tensors)
         sizes = dict(zip((BATCH, SEQ_LEN), x.shape, strict=False))
@@ -86,10 +97,18 @@ class Compiled:
         result: npt.NDArray[np.float32] = arguments[-1].numpy()
         return result
 
+    def _run_on_gpu(self, entry: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        device = tvm.cuda(0)
+        machine = relax.VirtualMachine(self.executable, device)
+        tensors = [tvm.runtime.tensor(array, device) for array in self.tensors]
+        arguments = [tvm.runtime.tensor(x, device), *([tensors] if tensors else [])]
+        result: npt.NDArray[np.float32] = machine[entry](*arguments).numpy()
+        return result
+
 
 def run_pipeline(
     mod: tvm.IRModule,
-    target: CpuTarget,
+    target: CpuTarget | CudaTarget,
     *,
     tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
@@ -103,7 +122,8 @@ def run_pipeline(
     ----------
     mod : tvm.IRModule
         As a frontend gives it: one Relax function an entry.
-    target : CpuTarget
+    target : CpuTarget or CudaTarget
+        A CudaTarget takes entries of known shapes alone, without state.
     tuned : TunedSchedules, optional
         Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
@@ -139,7 +159,8 @@ def run_pipeline(
     if debug_dump is not None:
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
-        mod = phase("graph", lambda: graph_phase(mod, disabled_passes))
+        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+        mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
@@ -147,10 +168,19 @@ def run_pipeline(
         on_scheduled()
         kernels = _describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
-        mod, workspaces = add_run_functions(mod, tensors)
-        mod = without_state(mod)
-        executable = phase("lower", lambda: lower_phase(mod, tvm_target))
-    if debug_dump is not None:
+        if isinstance(target, CudaTarget):
+            entries = _entry_names(mod)
+            executable, workspace = phase("lower", lambda: lower_cuda(mod, target))
+            workspaces = {entry: {FIXED: max(workspace, 1)} for entry in entries}
+            for kernel in kernels:
+                kernel["launches"] = _launches(kernel["name"], launch_threads(executable))
+        else:
+            mod, workspaces = add_run_functions(mod, tensors)
+            mod = without_state(mod)
+            executable = phase("lower", lambda: lower_phase(mod, tvm_target))
+    if debug_dump is not None and isinstance(target, CudaTarget):
+        _write(debug_dump / "5_lower.cu", generated_source(executable))
+    elif debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         _write(debug_dump / "5_lower.s", assembly)
     return Compiled(executable, tensors, workspaces, states, kernels, seconds)
@@ -158,18 +188,23 @@ def run_pipeline(
 
 def check_pass_names(names: Collection[str]) -> None:
     """Refuse names that are no optional pass."""
-    unknown = sorted(set(names) - set(OPTIONAL_PASSES))
+    optional = (*OPTIONAL_PASSES, *(p.info.name for p in CUDA_PASSES))
+    unknown = sorted(set(names) - set(optional))
     if unknown:
         raise CompileError(
             f"cannot switch off {', '.join(unknown)}: the passes that can be switched off are "
-            + ", ".join(OPTIONAL_PASSES)
+            + ", ".join(optional)
         )
 
 
-def graph_phase(mod: tvm.IRModule, disabled_passes: Collection[str] = ()) -> tvm.IRModule:
+def graph_phase(
+    mod: tvm.IRModule,
+    disabled_passes: Collection[str] = (),
+    passes: Sequence[tvm.transform.Pass] = GRAPH_PASSES,
+) -> tvm.IRModule:
     """Run the graph passes that are not switched off."""
-    passes = [p for p in GRAPH_PASSES if p.info.name not in disabled_passes]
-    return tvm.transform.Sequential(passes)(mod)
+    wanted = [p for p in passes if p.info.name not in disabled_passes]
+    return tvm.transform.Sequential(wanted)(mod)
 
 
 def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
@@ -216,7 +251,8 @@ def schedule_phase(
             continue
         op = kernel_op(func)
         if op is None:
-            new = generic_schedule(func, target).with_attr(SCHEDULE_ATTR, "generic")
+            generic = generic_cuda_schedule if target.kind.name == "cuda" else generic_schedule
+            new = generic(func, target).with_attr(SCHEDULE_ATTR, "generic")
         else:
             name, source = str(gvar.name_hint), "hand"
             if tuned is None:
@@ -260,6 +296,18 @@ def calls_of(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
                 for binding in block.bindings:
                     if isinstance(binding.value, relax.Call):
                         yield gvar.name_hint, binding.value
+
+
+def _entry_names(mod: tvm.IRModule) -> list[str]:
+    return [g.name_hint for g, func in mod.functions_items() if isinstance(func, relax.Function)]
+
+
+def _launches(kernel: str, threads: Mapping[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "threads": count}
+        for name, count in sorted(threads.items())
+        if re.fullmatch(rf"{re.escape(kernel)}_kernel(_\d+)?", name)
+    ]
 
 
 def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:

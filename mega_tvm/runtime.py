@@ -269,14 +269,21 @@ class Model:
         tensors = (self.tensors,) if len(self.tensors) else ()
         return function(as_argument(x), *tensors)
 
+    def fetch(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
+        """Copy a tensor that a machine computed."""
+        return np.from_dlpack(tensor).copy()
+
     def _function(self, name: str) -> Any:
         try:
             return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:
-            raise DamagedArtifactError(
-                f"{self._path}: the manifest names an entry {name!r}, which the library "
-                "does not hold; compile the model again"
-            ) from error
+            raise self._missing(name) from error
+
+    def _missing(self, name: str) -> DamagedArtifactError:
+        return DamagedArtifactError(
+            f"{self._path}: the manifest names an entry {name!r}, which the library "
+            "does not hold; compile the model again"
+        )
 
     def _runner_at(self, shape: tuple[int, ...]) -> EntryRunner:
         if (runner := self._runners.get(shape)) is not None:
@@ -330,7 +337,7 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | No
     DamagedArtifactError
         If its bytes are not what the compiler wrote.
     IncompatibleArtifactError
-        If it is not for this CPU or these versions, or TVM's runtime library is not found.
+        If it is not for this CPU or GPU or these versions, or a runtime library is not found.
     UntrustedArtifactError
         If ``sha256`` is given, and is not the file's.
     """
@@ -349,12 +356,21 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | No
     library = runtime_library(path.parent)
     if library.version is not None:
         check_version(name, "apache-tvm", manifest["versions"]["tvm"], library.version)
+    device = None
+    if manifest["target"]["kind"] == "cuda":
+        from mega_tvm.cuda.device import Device
+
+        device = Device(name, manifest["target"], library.path.parent)
     try:
         module = load_image(image)
     except Exception as error:  # the loader's, which are RuntimeError and others
         raise IncompatibleArtifactError(
             f"{name}: the library is whole, but cannot be loaded: {error}"
         ) from error
+    if device is not None:
+        from mega_tvm.cuda.model import CudaModel
+
+        return CudaModel(path, manifest, module, tensors, library, threads, device)
     return Model(path, manifest, module, tensors, library, threads)
 
 

@@ -8,6 +8,9 @@ import os
 
 from tvm.target import Target
 
+from .cuda.archs import runs_on
+from .cuda.lowering import device_arch, device_present
+from .cuda.target import CudaTarget, resolve_cuda
 from .errors import TargetError
 
 # Microarchitecture levels and processors whose features archspec knows, by LLVM's name of them.
@@ -76,14 +79,15 @@ class CpuTarget:
         return Target(options)
 
 
-def resolve_target(name: str) -> CpuTarget:
+def resolve_target(name: str) -> CpuTarget | CudaTarget:
     """Resolve a target's name.
 
     Parameters
     ----------
     name : str
         ``native`` takes this machine's features from its CPU flags, never from a model name, which
-        virtual machines are known to misreport.
+        virtual machines are known to misreport. ``cuda`` and what starts with it: see
+        `resolve_cuda`.
 
     Raises
     ------
@@ -112,11 +116,9 @@ def resolve_target(name: str) -> CpuTarget:
         )
     if name in _ARCHSPEC_NAMES:
         return CpuTarget(name, name, (), tuple(sorted(_features(name))), cores)
-    known = ", ".join(["native", *_ARCHSPEC_NAMES])
     if name.startswith("cuda"):
-        raise TargetError(
-            f"target {name!r}: CUDA is not supported by this version; it compiles for {known}"
-        )
+        return resolve_cuda(name)
+    known = ", ".join(["native", *_ARCHSPEC_NAMES, "cuda"])
     raise TargetError(f"unknown target {name!r}; known targets: {known}")
 
 
@@ -135,6 +137,8 @@ def _machine_flags() -> set[str]:
     return set(cpuinfo.get_cpu_info().get("flags", ()))
 
 
-def machine_runs(target: CpuTarget) -> bool:
-    """Whether this machine's CPU has all that a target's code needs."""
+def machine_runs(target: CpuTarget | CudaTarget) -> bool:
+    """Whether this machine's CPU or GPU has all that a target's code needs."""
+    if isinstance(target, CudaTarget):
+        return device_present() and runs_on(device_arch(), target.archs, target.ptx)
     return set(target.cpu_features) <= _machine_flags()

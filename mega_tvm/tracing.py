@@ -109,7 +109,7 @@ def trace(model: Model, entry: str, x: npt.NDArray[np.float32]) -> list[KernelCa
     def hook(_func: Any, symbol: str, before_run: bool, _result: Any, *args: Any) -> None:
         # Kernels write to their last argument, whose memory a later kernel may be given.
         if not before_run and symbol in known and args and isinstance(args[-1], tvm_ffi.Tensor):
-            calls.append(KernelCall(known[symbol], np.from_dlpack(args[-1]).copy()))
+            calls.append(KernelCall(known[symbol], model.fetch(args[-1])))
 
     machine = model.new_machine()
     machine["set_instrument"](tvm_ffi.convert(hook))

@@ -110,7 +110,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     with out.status("loading the compiler"):
         from .compiler import input_shapes
         from .model_source import resolve_model
-        from .targets import machine_runs, resolve_target
+        from .targets import CpuTarget, machine_runs, resolve_target
         from .tuning.report import LiveReport, summary
         from .tuning.session import Session
         from .tuning.tasks import extract_kernels
@@ -122,6 +122,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     source = resolve_model(model, options, arguments.seed)
     config = source.config  # None: an ONNX file of other layers, whose shapes it tells itself
     target = resolve_target(arguments.target)
+    if not isinstance(target, CpuTarget):
+        raise TuningError(f"target {target.name}: only CPU targets are tuned; give one of these")
     if tracker is None and not machine_runs(target):
         raise TuningError(
             f"this machine cannot run {target.name} code; tune on a machine that can, or on a "

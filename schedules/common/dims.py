@@ -54,6 +54,11 @@ def known(dims: Iterable[Dim]) -> tuple[int, ...]:
     return tuple(map(int, dims))
 
 
+def known_rows(lead: Iterable[Dim]) -> int:
+    """Return the number of rows that leading dimensions make, which must be numbers."""
+    return math.prod(known(lead))
+
+
 def ceil_div(extent: Extent, divisor: Extent) -> Extent:
     """Return ``extent / divisor``, rounded up; both are positive."""
     return (extent + divisor - 1) // divisor

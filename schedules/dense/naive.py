@@ -59,14 +59,19 @@ def dense(spec: DenseSpec) -> tirx.PrimFunc:
 
     Shapes: ``x [*lead, k]``, ``w [k, n]``, ``b [n]``, ``residual`` and ``out [*lead, out_n]``.
     """
-    lead = DimVars().shape(spec.lead)
-    x = te.placeholder((*lead, spec.k), "float32", "x")
+    x = te.placeholder((*DimVars().shape(spec.lead), spec.k), "float32", "x")
+    return dense_of(spec, x, x)
+
+
+def dense_of(spec: DenseSpec, x: te.Tensor, rows: te.Tensor) -> tirx.PrimFunc:
+    """Return the PrimFunc ``(x, w, b[, residual], out)`` whose rows are computed from ``x``."""
+    *lead, _ = x.shape
     w = te.placeholder((spec.k, spec.n), "float32", "w")
     b = te.placeholder((spec.n,), "float32", "b")
     residual = te.placeholder((*lead, spec.out_n), "float32", "residual")
     k = te.reduce_axis((0, spec.k), "k")
     product = te.compute(
-        (*lead, spec.n), lambda *i: te.sum(x[(*i[:-1], k)] * w[k, i[-1]], axis=k), "product"
+        (*lead, spec.n), lambda *i: te.sum(rows[(*i[:-1], k)] * w[k, i[-1]], axis=k), "product"
     )
 
     def epilogue(*i: tirx.Var) -> tirx.PrimExpr:

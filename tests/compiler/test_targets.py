@@ -98,9 +98,3 @@ def test_unknown_names(name) -> None:
         resolve_target(name)
     message = f"unknown target {name!r}; known targets: native, x86-64-v3, x86-64-v4, "
     assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda-sm_80+sm_90"])
-def test_cuda_is_told_apart(name) -> None:
-    with pytest.raises(TargetError, match="CUDA is not supported by this version"):
-        resolve_target(name)

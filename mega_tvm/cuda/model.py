@@ -1,0 +1,157 @@
+"""A model that runs on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from mega_tvm.entries import Entry
+from mega_tvm.errors import DamagedArtifactError, InputError
+from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
+from mega_tvm.runtime import Model
+from mega_tvm.runtime_library import RuntimeLibrary
+from mega_tvm.tensor_memory import Tensors
+
+from .device import CUDA, Device
+
+_POOLED = 2
+
+
+class CudaModel(Model):
+    """A loaded model for a GPU. Make one with `mega_tvm.load`.
+
+    Weights are on the device from the start. Calls take turns: one Relax virtual machine runs them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        module: tvm_ffi.Module,
+        tensors: Tensors,
+        library: RuntimeLibrary,
+        num_threads: int,
+        device: Device,
+    ) -> None:
+        self._device = device
+        self._weights = tvm_ffi.Array(
+            [device.upload(np.from_dlpack(view)) for view in tensors.views]
+        )
+        self._turn = threading.Lock()
+        self._machine = _machine(module)
+        super().__init__(path, manifest, module, tensors, library, num_threads)
+        self._functions = {entry.name: self._function(entry.name) for entry in self.entries}
+        # The device has them now.
+        self._tensors = Tensors(tensors.block, self._weights)
+
+    def __call__(self, x: Any, *, out: Any = None, check_finite: bool = False) -> Any:
+        """Run the model.
+
+        Parameters
+        ----------
+        x : array
+            float32, of one of the shapes in `entries`: a NumPy array or anything on the CPU that
+            exports DLPack, which is copied to the device; or a tensor on the device that exports
+            DLPack, C-contiguous, which is read in place.
+        out : array, optional
+            Takes the result, as in `Model`. For ``x`` on the CPU only.
+        check_finite : bool, default False
+            Refuse NaN and infinity. For ``x`` on the CPU only.
+
+        Returns
+        -------
+        ndarray or tvm_ffi.Tensor
+            float32, where ``x`` was, or the memory of ``out``: on the device it exports DLPack too,
+            and is finished.
+
+        Raises
+        ------
+        InputError
+            If ``x`` or ``out`` has another shape or dtype, or is not where it can be.
+        MegaError
+            If the device has no memory left, or fails.
+        """
+        if not isinstance(x, np.ndarray) and _device_type(x) == CUDA:
+            if out is not None or check_finite:
+                raise InputError(
+                    "out and check_finite are for an x on the CPU; take what the call returns, and "
+                    "check before it"
+                )
+            return self._run(self._on_device(x))
+        array = as_array(x)
+        entry = self.entry_at(array.shape)
+        if array.dtype != np.float32:
+            raise InputError(dtype_message(array.dtype))
+        if check_finite and not np.isfinite(array).all():
+            raise InputError(f"expected finite values, found {non_finite(array)}")
+        target = None if out is None else as_output(out, entry.output_shape)
+        with self._turn:
+            output = self._compute(entry, self._device.upload(array))
+            result: npt.NDArray[np.float32] = self._device.download(output)
+        if target is None:
+            return result
+        target[...] = result
+        return target
+
+    def new_machine(self) -> Any:
+        """Return a Relax virtual machine of its own, for tracing."""
+        return _machine(self._module)
+
+    def invoke(self, function: Any, x: npt.NDArray[np.float32]) -> Any:
+        """Call a machine's function with an array on the CPU."""
+        tensors = (self._weights,) if len(self._weights) else ()
+        return function(self._device.upload(x), *tensors)
+
+    def fetch(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
+        """Copy a tensor from the device."""
+        return self._device.download(tensor)
+
+    def _on_device(self, x: Any) -> tvm_ffi.Tensor:
+        tensor = tvm_ffi.from_dlpack(x)
+        if str(tensor.dtype) != "float32":
+            raise InputError(f"expected float32, found {tensor.dtype}")
+        self.entry_at(tuple(tensor.shape))
+        if not tensor.is_contiguous():
+            raise InputError("expected a C-contiguous tensor; torch: x.contiguous()")
+        return tensor
+
+    def _run(self, x: tvm_ffi.Tensor) -> tvm_ffi.Tensor:
+        with self._turn:
+            output = self._compute(self.entry_at(tuple(x.shape)), x)
+            tvm_ffi.get_global_func("runtime.Device_StreamSync")(x.device, 0)
+        return output
+
+    def _compute(self, entry: Entry, x: tvm_ffi.Tensor) -> Any:
+        tensors = (self._weights,) if len(self._weights) else ()
+        try:
+            return self._functions[entry.name](x, *tensors)
+        except (TypeError, ValueError) as error:  # the library's own checks
+            raise DamagedArtifactError(
+                f"{self._path}: the library does not take what its manifest says: {error}"
+            ) from error
+        except RuntimeError as error:
+            raise self._device.failure(error) from error
+
+    def _function(self, name: str) -> Any:
+        try:
+            return self._machine[name]
+        except (AttributeError, ValueError) as error:
+            raise self._missing(name) from error
+
+
+def _machine(module: tvm_ffi.Module) -> Any:
+    machine = module["vm_load_executable"]()
+    machine["vm_initialization"](CUDA, 0, _POOLED, CPU, 0, _POOLED)
+    return machine
+
+
+def _device_type(x: Any) -> int | None:
+    try:
+        return int(x.__dlpack_device__()[0])
+    except Exception:  # `as_array` says what is wrong with it
+        return None

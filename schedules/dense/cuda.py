@@ -1,0 +1,118 @@
+"""How a dense kernel runs on a GPU: in tiles (`cuda_tiles`), or few rows at once (`cuda_rows`).
+
+Defaults are estimated, never measured so far: see `estimated_cycles` and `row_width`.
+
+========================================  ==========  =========  =======  =======================
+dense, default model, T = 60, B = 1       FLOP        weights    blocks   bound on A100, H100 (us)
+========================================  ==========  =========  =======  =======================
+60 x 256 x 768 (queries, values, gate)    23.6 M      0.8 MB     by tile  1.2, 0.4 of FFMA
+60 x 256 x 1376 (gate and up)             42.3 M      1.4 MB     by tile  2.2, 0.6 of FFMA
+60 x 688 x 256 (down)                     21.1 M      0.7 MB     by tile  1.1, 0.3 of FFMA
+========================================  ==========  =========  =======  =======================
+
+(19.5 and 67 TFLOP/s.) None of these fills a GPU: with at most 172 blocks of a few warps they are
+bound by the latency of a block's own steps, which the estimate counts, and by their launch, about
+2.5 us without a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.target import Target
+
+from ..common import decisions
+from ..common.cuda_threads import (
+    BARRIER_CYCLES,
+    FFMA_CYCLES,
+    L2_BYTES,
+    MULTIPROCESSORS,
+    SCHEDULERS,
+    WARP,
+)
+from ..common.dims import ceil_div, known_rows
+from ..common.kernel import ScheduledKernel
+from .cuda_rows import MAX_ROWS, few_rows_dense, rows_layout
+from .cuda_tiles import STEP_K, THREAD_N, Tile, tile_layout, tiled_dense
+from .naive import DenseSpec
+
+BLOCK_M, BLOCK_N, THREAD_M = (16, 32, 64, 128), (16, 32, 64, 128), (1, 2, 4, 8)
+WIDTHS = (8, 16, 32)
+MAX_THREADS = 256  # up to 255 registers a thread
+
+
+def schedule(sch: Schedule, target: Target) -> None:
+    """Sample the decisions of a dense kernel.
+
+    With up to 8 rows that is ``width``, the columns of a block; with more, ``tile``, an index into
+    `tiles`.
+    """
+    sample(sch, DenseSpec.of(sch.mod["main"]))
+
+
+def sample(sch: Schedule, spec: DenseSpec) -> None:
+    """Sample the decisions for a specification."""
+    if known_rows(spec.lead) <= MAX_ROWS:
+        decisions.sample(sch, "width", WIDTHS, row_width(spec))
+    else:
+        candidates = tiles()
+        cycles = [estimated_cycles(spec, tile) for tile in candidates]
+        best = max(i for i, estimate in enumerate(cycles) if estimate == min(cycles))
+        decisions.sample(sch, "tile", range(len(candidates)), best)
+
+
+def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    """Write out the TensorIR that the decisions noted on ``func`` select.
+
+    Returns
+    -------
+    ScheduledKernel
+        Arguments 1 (weights) and 2 (bias) are packed.
+    """
+    return write(func, DenseSpec.of(func))
+
+
+def write(func: tirx.PrimFunc, spec: DenseSpec) -> ScheduledKernel:
+    """Write out the TensorIR for a specification."""
+    chosen = decisions.read(func)
+    if known_rows(spec.lead) <= MAX_ROWS:
+        layout = rows_layout(spec, chosen["width"])
+        kernel = few_rows_dense(spec, chosen["width"])
+    else:
+        tile = tiles()[chosen["tile"]]
+        layout = tile_layout(spec, tile)
+        kernel = tiled_dense(spec, tile)
+    return ScheduledKernel(kernel, {1: layout.pack_weight, 2: layout.pack_bias})
+
+
+def tiles() -> list[Tile]:
+    """Return the tiles to choose from, the smallest first."""
+    every = (Tile(m, n, t) for m in BLOCK_M for n in BLOCK_N for t in THREAD_M)
+    fit = [t for t in every if 64 <= t.threads <= MAX_THREADS and t.threads % WARP == 0]
+    return sorted(fit, key=lambda t: (t.block_m * t.block_n, t.thread_m, t.block_m))
+
+
+def estimated_cycles(spec: DenseSpec, tile: Tile) -> float:
+    """Return the estimated time of a multiprocessor for its share of the blocks.
+
+    A k step of a warp issues ``4 thread_m`` FFMA and 2 or 3 loads from shared memory. The blocks of
+    a multiprocessor share its schedulers and its way to L2, where a block fetches a column of ``x``
+    and a row of weights; one block alone, however few its warps, also waits from barrier to
+    barrier. Of tiles that come out equal the largest is taken.
+    """
+    blocks = ceil_div(known_rows(spec.lead), tile.block_m) * ceil_div(spec.n, tile.block_n)
+    warps = tile.threads // WARP
+    issue = THREAD_N * tile.thread_m * FFMA_CYCLES + 1 + ceil_div(tile.thread_m, 4)
+    busy = ceil_div(blocks, MULTIPROCESSORS) * warps / SCHEDULERS * issue
+    alone = ceil_div(warps, SCHEDULERS) * issue + BARRIER_CYCLES / STEP_K
+    traffic = ceil_div(blocks, MULTIPROCESSORS) * 4 * (tile.block_m + tile.block_n) / L2_BYTES
+    return spec.k * max(busy, alone, traffic)
+
+
+def row_width(spec: DenseSpec) -> int:
+    """Return the columns of a block for few rows: as many as leave a block for each multiprocessor.
+
+    Weights are all that counts, and arrive fastest when every multiprocessor asks for some.
+    """
+    fit = [w for w in WIDTHS if ceil_div(spec.n, w) >= MULTIPROCESSORS]
+    return max(fit, default=min(WIDTHS))

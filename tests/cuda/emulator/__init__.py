@@ -1,0 +1,10 @@
+"""Runs compiled CUDA kernels and their host code on the CPU, and checks every access of theirs.
+
+`engine.cpp` says what is checked. A stand-in driver and CUDA runtime library (`driver.cpp`,
+`cudart.cpp`) let TVM's real CUDA runtime load; kernels are the CUDA C that TVM generates, compiled
+by g++ (`activate.py`). Both must be in place before TVM is imported, and make a GPU appear for the
+whole process: so tests run in a process of their own (`worker.py`).
+
+Not emulated: time, caches, memory that other blocks see in between, tensor cores, asynchronous
+copies, atomics, graphs. Kernels that use them do not compile here.
+"""

@@ -1,0 +1,15 @@
+// What the engine offers to the driver's and the CUDA runtime's functions, and to kernels.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+struct EmuIndex { unsigned x, y, z; };
+enum { EMU_ACTIVE, EMU_SYNC, EMU_INDEX, EMU_UP, EMU_DOWN, EMU_XOR };
+
+__attribute__((visibility("default"))) void* emu_malloc(size_t bytes);
+__attribute__((visibility("default"))) bool emu_free(void* begin);
+void* emu_kernel(void* library, const char* image, const char* name);
+void emu_allow_dynamic(void* handle, size_t bytes);
+bool emu_launch(void* handle, EmuIndex grid, EmuIndex block, size_t dynamic, void** values);

@@ -1,0 +1,39 @@
+"""Compiled models for the tests of this folder. Import only in the emulator's process."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mega_tvm.compiler import compile_model
+from mega_tvm.cuda import toolchain
+from tests.compiler.models import Golden, golden
+from tests.cuda.emulator import activate
+
+# As nvcc would, for the emulator.
+toolchain.compile_fatbin = lambda source, _target: activate.compile_kernels(source)
+
+FORMS = {"low_variance": "axon-0.8.0"}
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="mega-tvm-cuda-")
+
+
+@functools.cache
+def compiled(case: str, target: str = "cuda") -> tuple[Path, Golden, list[str]]:
+    """Compile a golden case; return the library, the case, and what kernels did wrong meanwhile."""
+    found = golden(case, FORMS.get(case, "plain"))
+    batch, seq_len, _ = found.x.shape
+    output = Path(_folder().name) / f"{case}.so"
+    with activate.watched() as reports:  # the compiler runs what it compiled
+        compile_model(found.checkpoint, target=target, batch=batch, seq_len=seq_len, output=output)
+    return output, found, reports
+
+
+def random_input(path_shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(path_shape, dtype=np.float32)

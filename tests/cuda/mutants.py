@@ -1,0 +1,63 @@
+"""Faults put into generated kernels on purpose. Import only in the emulator's process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from mega_tvm.tolerances import compare
+from schedules.dense.naive import DenseSpec
+from schedules.ema_scan.naive import EmaScanSpec
+from tests.cuda.harness import Kernel, scheduled
+from tests.schedules.cases import Case, attention_case, attention_spec, dense_case, ema_case
+
+Mutation = Callable[[str], str]
+
+
+def case_of(kernel: str) -> Case:
+    rng = np.random.default_rng(0)
+    return {
+        "tiles": lambda: dense_case(rng, DenseSpec((59,), 40, 33, residual=True)),
+        "few_rows": lambda: dense_case(rng, DenseSpec((3,), 40, 33)),
+        "scan": lambda: ema_case(rng, EmaScanSpec(1, 59, 16)),
+        "attention": lambda: attention_case(rng, attention_spec(False, 1, 70, 70, 40)),
+        "row": lambda: attention_case(rng, attention_spec(False, 1, 1, 300, 40)),
+    }[kernel]()
+
+
+def without_barrier(number: int) -> Mutation:
+    """Remove one barrier, counted from 0 in the text."""
+
+    def mutate(source: str) -> str:
+        parts = source.split("__syncthreads();")
+        assert number < len(parts) - 1, f"the kernel has {len(parts) - 1} barriers"
+        left, right = parts[: number + 1], parts[number + 1 :]
+        return "__syncthreads();".join(left) + ";" + "__syncthreads();".join(right)
+
+    return mutate
+
+
+def replaced(pattern: str, by: str, number: int = 0) -> Mutation:
+    """Replace one match of a pattern, counted from 0."""
+
+    def mutate(source: str) -> str:
+        head, kernel = source[: source.rindex('extern "C"')], source[source.rindex('extern "C"') :]
+        matches = list(re.finditer(pattern, kernel))
+        assert number < len(matches), f"{len(matches)} matches of {pattern}"
+        match = matches[number]
+        return head + kernel[: match.start()] + match.expand(by) + kernel[match.end() :]
+
+    return mutate
+
+
+def caught(kernel: str, mutation: Mutation) -> str | None:
+    """Return how a mutant shows: by a report, or by its result; None if it does not."""
+    case = case_of(kernel)
+    mutant = Kernel(scheduled(case.func), mutation)
+    out, reports = mutant(case.inputs, case.expected.shape)
+    if reports:
+        return reports[0]
+    parity = compare(out, case.expected, condition=case.condition)
+    return None if parity.ok else str(parity)

@@ -1,0 +1,149 @@
+"""Whole models: the host code, the virtual machine and every kernel, in emulation."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.emulator.worker import in_emulator
+
+
+@pytest.mark.parametrize("case", ["odd", "tiny_laplace"])
+@in_emulator
+def test_agrees_with_edifice(case: str) -> None:
+    import mega_tvm
+    from mega_tvm.tolerances import assert_parity
+    from tests.cuda.emulator import activate
+    from tests.cuda.models import compiled
+
+    path, golden, reports = compiled(case)
+    assert not reports, "\n".join(reports)
+    model = mega_tvm.load(path)
+    for order in (1, 2):
+        activate.set_order(order)
+        with activate.watched() as reports:
+            y = model(golden.x)
+        assert not reports, "\n".join(reports)
+        assert_parity(y, golden.y, name=f"against Edifice, order {order}")
+        assert_parity(y, golden.oracle(), name=f"against float64, order {order}")
+
+
+@in_emulator
+def test_what_the_manifest_says() -> None:
+    import mega_tvm
+    from tests.cuda.models import compiled
+
+    manifest = mega_tvm.load(compiled("odd")[0]).metadata
+    assert manifest["target"]["kind"] == "cuda"
+    assert manifest["target"]["archs"] == ["sm_80", "sm_86", "sm_89", "sm_90"]
+    assert manifest["target"]["ptx"] == "compute_90"
+    assert manifest["parity"]["checked"]
+    for kernel in manifest["kernels"]:
+        assert kernel["launches"], kernel["name"]
+        assert all(32 <= launch["threads"] <= 1024 for launch in kernel["launches"])
+
+
+@in_emulator
+def test_a_block_takes_at_most_8_launches() -> None:
+    """From one block's EMA to the next block's."""
+    import mega_tvm
+    from mega_tvm.tracing import trace
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd")
+    model = mega_tvm.load(path)
+    calls = trace(model, "main", golden.x)
+    first, second, *_ = (i for i, call in enumerate(calls) if call.is_a("ema_scan_dense"))
+    assert sum(len(call.kernel["launches"]) for call in calls[first:second]) <= 8
+
+
+@in_emulator
+def test_tensors_on_the_device_stay_there() -> None:
+    import numpy as np
+    import tvm
+
+    import mega_tvm
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd")
+    model = mega_tvm.load(path)
+    y = model(tvm.runtime.tensor(golden.x, tvm.cuda(0)))
+    assert y.__dlpack_device__()[0] == 2
+    np.testing.assert_array_equal(model.fetch(y), model(golden.x))
+
+
+@in_emulator
+def test_verify_and_trace() -> None:
+    import mega_tvm
+    from mega_tvm.tracing import trace
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd")
+    model = mega_tvm.load(path)
+    calls = trace(model, "main", golden.x)
+    assert [call.kernel["op"] for call in calls].count("ema_scan_dense") == golden.config.num_layers
+
+
+@in_emulator
+def test_inputs_that_do_not_fit() -> None:
+    import numpy as np
+    import pytest
+    import tvm
+
+    import mega_tvm
+    from mega_tvm.errors import InputError
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd")
+    model = mega_tvm.load(path)
+    with pytest.raises(
+        InputError, match=r"expected an array of shape \[5, 7, 13\], found \[5, 13\]"
+    ):
+        model(golden.x[:, 0])
+    with pytest.raises(InputError, match="expected float32, found float64"):
+        model(golden.x.astype(np.float64))
+    with pytest.raises(InputError, match="expected float32, found int32"):
+        model(tvm.runtime.tensor(np.zeros(golden.x.shape, np.int32), tvm.cuda(0)))
+    with pytest.raises(InputError, match=r"found \[1, 2\]"):
+        model(tvm.runtime.tensor(np.zeros((1, 2), np.float32), tvm.cuda(0)))
+
+
+@in_emulator
+def test_a_gpu_that_does_not_fit() -> None:
+    import os
+
+    import pytest
+
+    import mega_tvm
+    from mega_tvm.errors import IncompatibleArtifactError, MegaError
+    from tests.cuda.models import compiled
+
+    path, *_ = compiled("odd")
+    cases = [
+        (
+            {"EMULATED_ARCH": "75"},
+            IncompatibleArtifactError,
+            r"built for sm_80, sm_86, sm_89, sm_90 and newer than sm_90; this device \(.*\) is "
+            r"sm_75: compile the model with",
+        ),
+        ({"EMULATED_DEVICES": "0"}, IncompatibleArtifactError, "this process sees none; run it on"),
+        (
+            {"EMULATED_DRIVER": "12040"},
+            IncompatibleArtifactError,
+            r"needs an NVIDIA driver for CUDA 13.0 .*this machine's driver supports CUDA 12.4",
+        ),
+        ({"EMULATED_MEMORY": "100"}, MegaError, "out of memory on emulated GPU: free some"),
+    ]
+    for variables, kind, message in cases:
+        os.environ.update(variables)
+        try:
+            with pytest.raises(kind, match=message):
+                mega_tvm.load(path)
+        finally:
+            for name in variables:
+                del os.environ[name]
+    for arch in ("80", "87", "90", "120"):
+        os.environ["EMULATED_ARCH"] = arch
+        try:
+            mega_tvm.load(path)
+        finally:
+            del os.environ["EMULATED_ARCH"]

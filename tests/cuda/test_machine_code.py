@@ -1,0 +1,130 @@
+"""The machine code of the kernels, read without a GPU: budgets for two archs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tvm
+
+from mega_tvm.cuda import toolchain
+from mega_tvm.cuda.lowering import generated_source, launch_threads
+from mega_tvm.cuda.machine_code import find_fatbins, read_kernels
+from mega_tvm.cuda.nvidia_files import find_tool
+from mega_tvm.cuda.target import resolve_cuda
+from mega_tvm.errors import CompileError, MegaError, TargetError
+from mega_tvm.inspect import main as inspect_main
+from schedules.dense.naive import DenseSpec, dense
+from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
+from schedules.gated_attention.naive import GatedAttentionSpec, gated_attention
+from schedules.laplace_attention.naive import LaplaceAttentionSpec, laplace_attention
+from schedules.normed_dense.naive import NormedDenseSpec, normed_dense
+from schedules.registry import hand_schedule
+
+TARGET = resolve_cuda("cuda-sm_80+sm_90")
+needs_nvcc = pytest.mark.skipif(find_tool("nvcc") is None, reason="there is no nvcc here")
+needs_tools = pytest.mark.skipif(
+    find_tool("cuobjdump") is None or find_tool("nvdisasm") is None,
+    reason="there is no cuobjdump or nvdisasm here",
+)
+
+
+def _attention(kind, length: int):
+    sizes = {"batch": 1, "q_len": length, "k_len": length, "width": 256, "value_width": 256}
+    strides = dict.fromkeys(("q_stride", "k_stride", "v_stride", "gate_stride"), 256)
+    return kind(**sizes, **strides)
+
+
+# The kernels of the default model, and of long sequences. Name to: naive kernel, most registers,
+# 16-byte loads, least share of FFMA in the loop.
+KERNELS = {
+    "dense_large": (dense(DenseSpec((1920,), 256, 768, residual=True)), 128, True, 0.79),
+    "dense_small": (dense(DenseSpec((1, 60), 256, 768, sigmoid_from=512)), 64, True, 0.4),
+    "dense_row": (dense(DenseSpec((1, 1), 256, 256)), 64, True, 0.0),
+    "normed": (normed_dense(NormedDenseSpec((1, 60), 256, 1376, swiglu=True)), 64, True, 0.3),
+    "scan": (ema_scan_dense(EmaScanDenseSpec(1, 60, 16, 256, residual=True)), 64, True, 0.0),
+    "softmax": (gated_attention(_attention(GatedAttentionSpec, 60)), 96, True, 0.0),
+    "softmax_long": (gated_attention(_attention(GatedAttentionSpec, 4096)), 168, True, 0.4),
+    "laplace": (laplace_attention(_attention(LaplaceAttentionSpec, 60)), 96, True, 0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """The CUDA C of all kernels."""
+    functions = {
+        name: hand_schedule(func, TARGET.tvm_target()).func.with_attr("global_symbol", name)
+        for name, (func, *_) in KERNELS.items()
+    }
+    return tvm.compile(tvm.IRModule(functions), TARGET.tvm_target())
+
+
+@pytest.fixture(scope="module")
+def kernels(generated):
+    fatbin = toolchain.compile_fatbin(generated_source(generated), TARGET)
+    return {(k.name, k.arch): k for k in read_kernels(fatbin, launch_threads(generated))}
+
+
+@needs_nvcc
+@needs_tools
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_budgets(kernels, name, arch) -> None:
+    _, registers, wide, share = KERNELS[name]
+    kernel = kernels[f"{name}_kernel", arch]
+    assert kernel.local == 0, "it spills, or keeps an array in local memory"
+    assert kernel.registers <= registers
+    assert kernel.shared <= 48 << 10
+    assert kernel.occupancy is not None and kernel.occupancy >= 0.1
+    if wide:
+        assert kernel.count(r"LDG\S*\.128") > 0
+    assert kernel.loop_share("FFMA") >= share
+
+
+@needs_nvcc
+@needs_tools
+def test_no_kernel_uses_fast_math(kernels) -> None:
+    """A fast exponential is MUFU.EX2 of a scaled argument alone; expf rounds it in steps."""
+    sigmoid = kernels["dense_small_kernel", 80]
+    assert sigmoid.count("MUFU.EX2") > 0
+    assert sigmoid.count(r"FFMA\.(RM|SAT)") > 0
+
+
+@needs_nvcc
+def test_what_nvcc_refuses_is_told() -> None:
+    with pytest.raises(CompileError, match=r"cannot compile the kernels .*(\n|.)*this is no CUDA"):
+        toolchain.compile_fatbin("#error this is no CUDA C\n", resolve_cuda("cuda-sm_80"))
+
+
+def test_no_nvcc_says_how_to_get_it(monkeypatch) -> None:
+    monkeypatch.setattr(toolchain, "find_tool", lambda name: None)
+    with pytest.raises(
+        TargetError, match=r"CUDA targets need nvcc.*pip install 'mega-tvm\[cuda\]'"
+    ):
+        toolchain.compile_fatbin("", TARGET)
+
+
+def test_a_library_without_gpu_code() -> None:
+    assert find_fatbins(b"\x50\xed\x55\xba" + bytes(3)) == []
+    with pytest.raises(MegaError, match="holds no machine code for GPUs"):
+        read_kernels(b"\x7fELF")
+
+
+@needs_nvcc
+@needs_tools
+def test_inspect_kernels(tmp_path, capsys) -> None:
+    """A whole library, compiled with no GPU driver in the process."""
+    from mega_tvm.compiler import compile_model
+    from tests.compiler.models import mega
+
+    path = compile_model(mega(seq_len=9), target="cuda-sm_80", output=tmp_path / "model.so")
+    assert inspect_main([str(path), "--kernels", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {kernel["arch"] for kernel in report["kernels"]} == {"sm_80"}
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    launches = {launch["name"] for k in manifest["kernels"] for launch in k["launches"]}
+    assert {kernel["name"] for kernel in report["kernels"]} == launches
+    assert all(kernel["local_memory_instructions"] == 0 for kernel in report["kernels"])
+    assert inspect_main([str(path), "--kernels"]) == 0
+    assert "occupancy" in capsys.readouterr().out
+    assert inspect_main([str(path)]) == 0
