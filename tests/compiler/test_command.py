@@ -144,7 +144,7 @@ def _stop(*_args):
         (["--weights", __file__], ["test_command.py"]),
         (["--config", "missing.json"], ["missing.json", "cannot be read"]),
         ([*FRESH, "--target", "pentium"], ["unknown target 'pentium'", "x86-64-v3"]),
-        ([*FRESH, "--target", "cuda"], ["CUDA is not supported by this version"]),
+        ([*FRESH, "--target", "cuda-pascal"], ["unknown target 'cuda-pascal'", "sm_80+sm_90"]),
         ([*FRESH, "--dtype", "float16"], ["dtype 'float16' is not supported", "float32"]),
         ([*FRESH, "--batch", "0"], ["batch must be a positive integer; got 0"]),
         ([*FRESH, "--seq-len", "4,-1"], ["seq_len must be a positive integer; got -1"]),

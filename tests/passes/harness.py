@@ -151,7 +151,7 @@ def run_graphs(graphs: Mapping[str, tvm.IRModule], x: Mapping[str, np.ndarray]) 
         name: copy_with_new_vars(mod["main"]).with_attr("global_symbol", name)
         for name, mod in graphs.items()
     }
-    with mock.patch.object(pipeline, "graph_phase", lambda mod, _off: mod):
+    with mock.patch.object(pipeline, "graph_phase", lambda mod, *_: mod):
         compiled = pipeline.run_pipeline(tvm.IRModule(functions), resolve_target("native"))
     return {name: compiled.run(name, x[name], shape_of(functions[name].body)) for name in graphs}
 

@@ -40,7 +40,7 @@ def kernel_of(func: tirx.PrimFunc, name: str = "kernel", calls: int = 1) -> Kern
     return Kernel(name, (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR])), calls, space, task)
 
 
-def dense_kernel(rows: int = 7, name: str = "dense") -> Kernel:
+def dense_kernel(rows: int = 257, name: str = "dense") -> Kernel:
     return kernel_of(dense(DenseSpec((1, rows), 13, 40)), name)
 
 

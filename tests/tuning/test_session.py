@@ -133,7 +133,7 @@ def test_other_thread_counts_are_other_records(kernels, tmp_path) -> None:
 
 
 def test_the_slowest_kernel_gets_most_trials(tmp_path) -> None:
-    kernels = [dense_kernel(7, "small"), dense_kernel(59, "large")]
+    kernels = [dense_kernel(256, "small"), dense_kernel(257, "large")]
     pool = FakePool(lambda name, _: Result(1e-3 if name == "large" else 1e-4))
     session(kernels, tmp_path, pool).run(160)
     names = [name for name, *_ in pool.measured]
