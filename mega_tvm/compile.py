@@ -74,17 +74,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--hidden-size", type=int, metavar="N")
     add("--ema-dim", type=int, metavar="N")
     add("--num-layers", type=int, metavar="N")
-    add(
-        "--laplace-attention",
-        action="store_true",
-        default=None,
-        help="L1-Laplace attention, where the checkpoint does not state it",
-    )
-    add(
-        "--layer-norm",
-        choices=("plain", "axon-0.8.0"),
-        help="the layer norm of Axon 0.8.0 differs where a row's variance is below 1e-5",
-    )
+    add_unstated_options(parser)
     add(
         "--seq-len",
         type=_numbers,
@@ -97,6 +87,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=[1],
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
+    )
+
+
+def add_unstated_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that no shape of a checkpoint tells; `mega_tvm.export` has them."""
+    parser.add_argument(
+        "--laplace-attention",
+        action="store_true",
+        default=None,
+        help="L1-Laplace attention, where the checkpoint does not state it",
+    )
+    parser.add_argument(
+        "--layer-norm",
+        choices=("plain", "axon-0.8.0"),
+        help="the layer norm of Axon 0.8.0 differs where a row's variance is below 1e-5",
     )
 
 

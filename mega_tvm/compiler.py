@@ -20,7 +20,7 @@ from .cuda.target import CudaTarget
 from .errors import CompileError
 from .frontend.onnx import OnnxModel, import_onnx
 from .frontend.torch import import_module
-from .model_source import DEFAULT_SEED, ModelSource, resolve_model
+from .model_source import DEFAULT_SEED, ModelSource, positive_option, resolve_model
 from .pipeline import Compiled, run_pipeline
 from .stream_plan import NAME as STREAM
 from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
@@ -232,7 +232,7 @@ def _tuned_schedules(
     threads: int,
 ) -> TunedSchedules | None:
     """Return the records to look up, or None for a GPU: there are none."""
-    _positive("threads", threads)
+    positive_option("threads", threads)
     if isinstance(target, CudaTarget):
         if strict or given is not None:
             raise CompileError(
@@ -278,12 +278,14 @@ def input_shapes(
     if isinstance(source.module, OnnxModel):
         given = {"batch": batch, "seq_len": seq_len, "input_shape": input_shape}
         sizes = {
-            name: None if value is None else [_positive(name, size) for size in _as_list(value)]
+            name: None
+            if value is None
+            else [positive_option(name, size) for size in _as_list(value)]
             for name, value in given.items()
         }
         return _named(source.module.shapes(**sizes))
     if input_shape is not None:
-        return {"main": tuple(_positive("input_shape", size) for size in input_shape)}
+        return {"main": tuple(positive_option("input_shape", size) for size in input_shape)}
     config = source.config
     if config is None:
         raise CompileError(
@@ -291,8 +293,10 @@ def input_shapes(
             "give input_shape"
         )
     lengths = config.seq_len if seq_len is None else seq_len
-    batches = [_positive("batch", b) for b in _as_list(batch)]
-    pairs = list(itertools.product(batches, [_positive("seq_len", t) for t in _as_list(lengths)]))
+    batches = [positive_option("batch", b) for b in _as_list(batch)]
+    pairs = list(
+        itertools.product(batches, [positive_option("seq_len", t) for t in _as_list(lengths)])
+    )
     return _named([(b, t, config.embed_dim) for b, t in pairs])
 
 
@@ -307,12 +311,6 @@ def _named(shapes: Sequence[tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) else [value]
-
-
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CompileError(f"{name} must be a positive integer; got {value!r}")
-    return value
 
 
 def import_entries(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,8 @@ import numpy as np
 
 from reference import MegaConfig, numpy_mega
 
+from .atomic_write import write_atomically
+from .compile import add_unstated_options
 from .console import console, print_settings, run_command
 from .errors import ExportError
 from .tolerances import compare
@@ -119,18 +119,10 @@ def _write(checkpoint: Checkpoint, path: Path, inline: bool) -> Path:
             f"at most {_MOST_BYTES}"
         )
     _check(model, checkpoint)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with aside.open("xb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_atomically(path, model.SerializeToString(deterministic=True))
     except OSError as error:
         raise ExportError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
     return path
 
 
@@ -183,17 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write the bodies of Mega's functions in their place, for runtimes that do not "
         "expand functions, such as OpenVINO",
     )
-    add(
-        "--laplace-attention",
-        action="store_true",
-        default=None,
-        help="L1-Laplace attention, where the checkpoint does not state it",
-    )
-    add(
-        "--layer-norm",
-        choices=("plain", "axon-0.8.0"),
-        help="the layer norm of Axon 0.8.0 differs where a row's variance is below 1e-5",
-    )
+    add_unstated_options(parser)
     return parser
 
 

@@ -47,6 +47,62 @@ def as_array(x: Any) -> npt.NDArray[Any]:
     )
 
 
+def check_values(array: npt.NDArray[Any], check_finite: bool) -> None:
+    """Refuse an array that is not native float32 and, if asked for, one with NaN or infinity.
+
+    Raises
+    ------
+    InputError
+    """
+    if array.dtype != np.float32:  # '>f4' differs too
+        raise InputError(dtype_message(array.dtype))
+    if check_finite and not np.isfinite(array).all():
+        raise InputError(f"expected finite values, found {_non_finite(array)}")
+
+
+def as_frames(
+    x: Any, shape: tuple[int | None, ...], check_finite: bool, owner: str = ""
+) -> npt.NDArray[np.float32]:
+    """Return a NumPy view of frames, checked.
+
+    Parameters
+    ----------
+    x : array
+    shape : tuple of int or None
+        None where any size will do.
+    check_finite : bool
+        Refuse NaN and infinity.
+    owner : str
+        What a message of a wrong shape adds.
+
+    Raises
+    ------
+    InputError
+    """
+    array = as_array(x)
+    fits = len(array.shape) == len(shape) and all(
+        want in (None, found) for want, found in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        names = ", ".join("n" if size is None else str(size) for size in shape)
+        raise InputError(f"expected an array of shape [{names}], found {list(array.shape)}{owner}")
+    check_values(array, check_finite)
+    return array
+
+
+def positive(name: str, value: object) -> int:
+    """Return a positive integer.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, found {value!r}")
+    return value
+
+
 def as_output(out: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Return a NumPy view of an array that takes a result.
 
@@ -77,7 +133,7 @@ def dtype_message(dtype: np.dtype[Any]) -> str:
     return f"expected float32, found {dtype}; {advice} (a conversion is never made silently)"
 
 
-def non_finite(array: npt.NDArray[np.float32]) -> str:
+def _non_finite(array: npt.NDArray[np.float32]) -> str:
     """Say how many elements are not finite, and where the first is."""
     index = np.argwhere(~np.isfinite(array))
     return f"{len(index)} others, the first {array[tuple(index[0])]} at {index[0].tolist()}"

@@ -145,3 +145,16 @@ def _from_onnx(path: Path, options: Mapping[str, object] | None) -> ModelSource:
         return ModelSource(model, None, None, {"kind": "onnx", **found, "digest": digest})
     origin = {"kind": "file", **found, "digest": model.checkpoint.digest}
     return ModelSource(model, model.checkpoint.config, model.checkpoint, origin)
+
+
+def positive_option(name: str, value: object) -> int:
+    """Return an option that must be a positive integer.
+
+    Raises
+    ------
+    CompileError
+        If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CompileError(f"{name} must be a positive integer; got {value!r}")
+    return value

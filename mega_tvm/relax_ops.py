@@ -70,7 +70,7 @@ def _tensor(shape: Sequence[int]) -> relax.TensorType:
     return relax.TensorType(list(shape), "float32")
 
 
-def _register(
+def register_operator(
     name: str, args: Sequence[str], infer: Callable[[relax.Call], Shape], legalize: Legalize
 ) -> Op:
     """Register one operator; a second import of the same process must not repeat it."""
@@ -87,41 +87,48 @@ def _register(
     return op
 
 
-def _call_kernel(
+def call_kernel(
     bb: relax.BlockBuilder, spec: KernelSpec, func: tvm.tirx.PrimFunc, call: relax.Call
 ) -> relax.Expr:
+    """Legalize a call to that of a kernel."""
     # 8 is kOpaque: TVM's fusion must not merge a kernel that has its own schedule.
     gvar = bb.add_func(func.with_attr("op_pattern", 8), spec.name)  # type: ignore[attr-defined]
     return relax.call_tir(gvar, list(call.args), call.ty)
 
 
-def _attrs(**values: Any) -> tvm.ir.Attrs:
+def dict_attrs(**values: Any) -> tvm.ir.Attrs:
+    """Return an operator's attributes."""
     return tvm.ir.make_node("ir.DictAttrs", **values)
 
 
 # dense ------------------------------------------------------------------------------------------
 
 
-def _infer_dense(call: relax.Call) -> Shape:
+def infer_dense(call: relax.Call) -> Shape:
+    """Return the shape that a dense operator gives."""
     n = shape_of(call.args[1])[1]
     return (*shape_of(call.args[0])[:-1], n // 2 if call.attrs["swiglu"] else n)
 
 
-def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def dense_fields(call: relax.Call) -> dict[str, Any]:
+    """Return the fields of `DenseSpec` of a dense operator's call."""
     k, n = shape_of(call.args[1])
-    sigmoid_from = int(call.attrs["sigmoid_from"])
-    spec = DenseSpec(
-        lead=dims_of(shape_of(call.args[0])[:-1]),
-        k=k,
-        n=n,
-        residual=len(call.args) == 4,
-        swiglu=bool(call.attrs["swiglu"]),
-        sigmoid_from=sigmoid_from,
-    )
-    return _call_kernel(bb, spec, naive_dense(spec), call)
+    return {
+        "lead": dims_of(shape_of(call.args[0])[:-1]),
+        "k": k,
+        "n": n,
+        "residual": len(call.args) == 4,
+        "swiglu": bool(call.attrs["swiglu"]),
+        "sigmoid_from": int(call.attrs["sigmoid_from"]),
+    }
 
 
-_DENSE = _register("dense", ["x", "w", "b", "residual"], _infer_dense, _legalize_dense)
+def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    spec = DenseSpec(**dense_fields(call))
+    return call_kernel(bb, spec, naive_dense(spec), call)
+
+
+_DENSE = register_operator("dense", ["x", "w", "b", "residual"], infer_dense, _legalize_dense)
 
 
 def dense(
@@ -135,7 +142,7 @@ def dense(
 ) -> relax.Call:
     """Return ``epilogue(x @ w + b)``; the fields are those of `DenseSpec`."""
     args = [x, w, b] if residual is None else [x, w, b, residual]
-    return relax.Call(_DENSE, args, _attrs(swiglu=int(swiglu), sigmoid_from=sigmoid_from))
+    return relax.Call(_DENSE, args, dict_attrs(swiglu=int(swiglu), sigmoid_from=sigmoid_from))
 
 
 # layer_norm -------------------------------------------------------------------------------------
@@ -150,10 +157,10 @@ def _legalize_layer_norm(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr
         affine=len(call.args) == 3,
         clamp_variance=bool(call.attrs["clamp_variance"]),
     )
-    return _call_kernel(bb, spec, naive_layer_norm(spec), call)
+    return call_kernel(bb, spec, naive_layer_norm(spec), call)
 
 
-_LAYER_NORM = _register(
+_LAYER_NORM = register_operator(
     "layer_norm", ["x", "gamma", "beta"], lambda call: shape_of(call.args[0]), _legalize_layer_norm
 )
 
@@ -168,7 +175,7 @@ def layer_norm(
 ) -> relax.Call:
     """Return the layer norm of the last axis; without gamma and beta, the plain one."""
     args = [x] if gamma is None else [x, gamma, beta]
-    attrs = _attrs(eps=tvm.tirx.FloatImm("float64", eps), clamp_variance=int(clamp_variance))
+    attrs = dict_attrs(eps=tvm.tirx.FloatImm("float64", eps), clamp_variance=int(clamp_variance))
     return relax.Call(_LAYER_NORM, args, attrs)
 
 
@@ -178,10 +185,10 @@ def layer_norm(
 def _legalize_ema_scan(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     batch, seq_len, channels = dims_of(shape_of(call.args[0]))
     spec = EmaScanSpec(batch, seq_len, int(channels), carried=len(call.args) == 3)
-    return _call_kernel(bb, spec, naive_ema_scan(spec), call)
+    return call_kernel(bb, spec, naive_ema_scan(spec), call)
 
 
-_EMA_SCAN = _register(
+_EMA_SCAN = register_operator(
     "ema_scan", ["p", "decay", "state"], lambda call: shape_of(call.args[0]), _legalize_ema_scan
 )
 
@@ -214,12 +221,12 @@ def _legalize_attention(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     fields |= dict(zip(("batch", "q_len", "k_len"), sizes, strict=True))
     if call.attrs["laplace"]:
         laplace = LaplaceAttentionSpec(**fields)
-        return _call_kernel(bb, laplace, laplace_attention(laplace), call)
+        return call_kernel(bb, laplace, laplace_attention(laplace), call)
     softmax = GatedAttentionSpec(**fields, scale=float(call.attrs["scale"]))
-    return _call_kernel(bb, softmax, gated_attention(softmax), call)
+    return call_kernel(bb, softmax, gated_attention(softmax), call)
 
 
-_ATTENTION = _register("attention", OPERANDS, _infer_attention, _legalize_attention)
+_ATTENTION = register_operator("attention", OPERANDS, _infer_attention, _legalize_attention)
 
 
 def attention(
@@ -232,7 +239,7 @@ def attention(
     offsets: Sequence[int] = (0, 0, 0, 0),
 ) -> relax.Call:
     """Return the attention of ``(q, k, v[, gate])``; the fields are those of `AttentionSpec`."""
-    attrs = _attrs(
+    attrs = dict_attrs(
         laplace=int(laplace),
         scale=tvm.tirx.FloatImm("float64", scale),
         width=width,
@@ -262,10 +269,10 @@ def _legalize_cached_attention(bb: relax.BlockBuilder, call: relax.Call) -> rela
         shared=len(call.args) == 4,
         scale=float(call.attrs["scale"]),
     )
-    return _call_kernel(bb, spec, naive_cached_attention(spec), call)
+    return call_kernel(bb, spec, naive_cached_attention(spec), call)
 
 
-_CACHED_ATTENTION = _register(
+_CACHED_ATTENTION = register_operator(
     "cached_attention",
     ["q", "k", "v", "lengths", "cache"],
     _infer_cached_attention,
@@ -281,7 +288,7 @@ def cached_attention(
     The kernel appends the new keys and values to the cache first, see `CachedAttentionSpec`; the
     keys are the values too where there is no ``v``.
     """
-    attrs = _attrs(value_width=value_width, scale=tvm.tirx.FloatImm("float64", scale))
+    attrs = dict_attrs(value_width=value_width, scale=tvm.tirx.FloatImm("float64", scale))
     return relax.Call(_CACHED_ATTENTION, list(operands), attrs)
 
 
@@ -301,7 +308,9 @@ def _legalize_last_timestep(bb: relax.BlockBuilder, call: relax.Call) -> relax.E
     return bb.call_te(last_timestep, call.args[0])
 
 
-_LAST_TIMESTEP = _register("last_timestep", ["x"], _infer_last_timestep, _legalize_last_timestep)
+_LAST_TIMESTEP = register_operator(
+    "last_timestep", ["x"], _infer_last_timestep, _legalize_last_timestep
+)
 
 
 def last_timestep(x: relax.Expr) -> relax.Call:

@@ -25,7 +25,7 @@ from mega_tvm.errors import (
     MegaError,
 )
 from mega_tvm.host import check_cpu, check_version
-from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
+from mega_tvm.inputs import CPU, as_array, as_output, check_values, positive
 from mega_tvm.library_image import load_image
 from mega_tvm.permissions import warn_if_writable_by_all
 from mega_tvm.runtime_library import (
@@ -40,7 +40,7 @@ from mega_tvm.window import Window, make_window
 
 __all__ = ["Entry", "Model", "load"]
 
-_POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
+POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
 _SHAPES_IN_MESSAGES = 8
 _FLOAT32 = np.dtype(np.float32)
 
@@ -164,11 +164,8 @@ class Model:
         """
         array = x if type(x) is np.ndarray else as_array(x)
         runner = self._runners.get(array.shape) or self._runner_at(array.shape)
-        # The same object nearly always; '>f4' differs too.
-        if array.dtype is not _FLOAT32 and array.dtype != _FLOAT32:
-            raise InputError(dtype_message(array.dtype))
-        if check_finite and not np.isfinite(array).all():
-            raise InputError(f"expected finite values, found {non_finite(array)}")
+        if array.dtype is not _FLOAT32 or check_finite:  # the same object nearly always
+            check_values(array, check_finite)
         target = None if out is None else as_output(out, runner.entry.output_shape)
         self._library.use_threads(self._num_threads)
         try:
@@ -247,7 +244,7 @@ class Model:
         (``machine["set_instrument"]``): calls of the model do without one.
         """
         machine = self._module["vm_load_executable"]()
-        machine["vm_initialization"](CPU, 0, _POOLED)
+        machine["vm_initialization"](CPU, 0, POOLED)
         return machine
 
     def invoke(self, function: Any, x: npt.NDArray[np.float32]) -> Any:
@@ -266,8 +263,11 @@ class Model:
             Memory of the machine's pool.
         """
         self._library.use_threads(self._num_threads)
-        tensors = (self.tensors,) if len(self.tensors) else ()
-        return function(as_argument(x), *tensors)
+        return function(as_argument(x), *self._machine_tensors())
+
+    def _machine_tensors(self) -> tuple[tvm_ffi.Array, ...]:
+        """Return what a machine's function takes behind its input: nothing if there are none."""
+        return (self.tensors,) if len(self.tensors) else ()
 
     def fetch(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
         """Copy a tensor that a machine computed."""
@@ -375,8 +375,7 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | No
 
 
 def _check_num_threads(num_threads: int) -> int:
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-        raise ValueError(f"num_threads must be a positive integer, found {num_threads!r}")
+    num_threads = positive("num_threads", num_threads)
     cpus = available_cpus()
     if num_threads > cpus:
         warnings.warn(

@@ -30,7 +30,7 @@ from mega_tvm.errors import (
     StreamFullError,
     StreamUnsupportedError,
 )
-from mega_tvm.inputs import aligned_empty, as_array, dtype_message, non_finite
+from mega_tvm.inputs import aligned_empty, as_frames, positive
 from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ class Stream:
         self._model = model
         self._entry = entry
         self._run = run
-        self._batch = _positive("batch", batch)
-        self._max_len = _positive("max_len", max_len)
+        self._batch = positive("batch", batch)
+        self._max_len = positive("max_len", max_len)
         if on_full not in ON_FULL:
             raise ValueError(
                 f"on_full must be {' or '.join(map(repr, ON_FULL))}, found {on_full!r}"
@@ -391,21 +391,7 @@ class Stream:
             raise MegaError(f"a kernel of {self._entry.name} failed: out of memory")
 
     def _checked(self, x: Any, shape: tuple[int | None, ...], check_finite: bool) -> Array:
-        array = as_array(x)
-        fits = len(array.shape) == len(shape) and all(
-            want is None or want == found for want, found in zip(shape, array.shape, strict=True)
-        )
-        if not fits:
-            names = [str(size) if size else "n" for size in shape]
-            raise InputError(
-                f"expected an array of shape [{', '.join(names)}], found {list(array.shape)}; this "
-                f"stream has batch {self._batch}"
-            )
-        if array.dtype != np.float32:  # '>f4' differs too
-            raise InputError(dtype_message(array.dtype))
-        if check_finite and not np.isfinite(array).all():
-            raise InputError(f"expected finite values, found {non_finite(array)}")
-        return array
+        return as_frames(x, shape, check_finite, f"; this stream has batch {self._batch}")
 
     def _check_out(self, out: Array | None, rows: int) -> None:
         if out is None:
@@ -461,9 +447,3 @@ def _runs(rows: npt.NDArray[np.intp]) -> Iterator[slice]:
     """Yield the runs of neighbours among ascending rows."""
     for part in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
         yield slice(int(part[0]), int(part[-1]) + 1)
-
-
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, found {value!r}")
-    return value

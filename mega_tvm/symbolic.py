@@ -12,9 +12,9 @@ from typing import Any
 
 import tvm
 
-from .errors import CompileError, UnsupportedModelError
+from .errors import UnsupportedModelError
 from .frontend.torch import import_symbolic
-from .model_source import ModelSource
+from .model_source import ModelSource, positive_option
 from .relax_ops import dims_of, shape_of
 from .symbolic_entry import BATCH, NAME, SEQ_LEN, SymbolicEntry
 
@@ -72,10 +72,8 @@ def plan_symbolic(
     CompileError
         If a limit is no positive integer.
     """
-    most = {BATCH: max_batch, SEQ_LEN: max_seq_len}
-    for name, limit in most.items():
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise CompileError(f"max_{name} must be a positive integer; got {limit!r}")
+    limits_given = {BATCH: max_batch, SEQ_LEN: max_seq_len}
+    most = {name: positive_option(f"max_{name}", limit) for name, limit in limits_given.items()}
     first = next(iter(shapes))
     if len(first) != 3:
         return SymbolicPlan(left_out=f"inputs of shape {list(first)} have no batch and length")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mega_tvm.atomic_write import write_atomically
 from mega_tvm.console import FAILURE, console, print_settings, run_command
 from mega_tvm.tolerances import Parity
 from mega_tvm.verification import prepare, run, verify_artifact
@@ -97,7 +96,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         if to_stdout:
             sys.stdout.write(text)
         else:
-            _write_atomically(arguments.json, text)
+            try:
+                write_atomically(arguments.json, text.encode())
+            except OSError as error:
+                raise VerificationError(f"{arguments.json}: cannot be written: {error}") from error
     return 0 if report.ok else FAILURE
 
 
@@ -165,18 +167,6 @@ def _numbers(parity: Parity) -> Iterable[str]:
     )
     yield from (f"{number:.2e}" for pair in pairs for number in pair)
     yield "yes" if parity.ok else "NO"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise VerificationError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mega_tvm.errors import InputError
-from mega_tvm.inputs import aligned_empty, as_array, dtype_message
+from mega_tvm.inputs import aligned_empty, as_frames, positive
 
 if TYPE_CHECKING:
     from mega_tvm.runtime import Model
@@ -89,7 +89,7 @@ class Window:
             window is as before.
         """
         batch, seq_len, width = self._frames.shape
-        x = self._checked(x_t, (batch, width), check_finite)
+        x = as_frames(x_t, (batch, width), check_finite)
         if self._length == seq_len:
             self._move(1)
             self._frames[:, -1] = x
@@ -109,7 +109,7 @@ class Window:
         check_finite : bool, default False
         """
         batch, seq_len, width = self._frames.shape
-        x = self._checked(x, (batch, None, width), check_finite)[:, -seq_len:]
+        x = as_frames(x, (batch, None, width), check_finite)[:, -seq_len:]
         n = x.shape[1]
         dropped = max(0, self._length + n - seq_len)
         self._move(dropped)
@@ -127,32 +127,14 @@ class Window:
             for row in self._frames:
                 row[:kept] = row[places : self._length]
 
-    def _checked(self, x: Any, shape: tuple[int | None, ...], check_finite: bool) -> Array:
-        array = as_array(x)
-        fits = len(array.shape) == len(shape) and all(
-            want in (None, found) for want, found in zip(shape, array.shape, strict=True)
-        )
-        if not fits:
-            names = [str(size) if size else "n" for size in shape]
-            raise InputError(
-                f"expected an array of shape [{', '.join(names)}], found {list(array.shape)}"
-            )
-        if array.dtype != np.float32:
-            raise InputError(dtype_message(array.dtype))
-        if check_finite and not np.isfinite(array).all():
-            raise InputError("expected finite values, found others")
-        return array
-
 
 def make_window(model: Model, batch: int, seq_len: int | None) -> Window:
     """Make a window, as `Model.window` says."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be a positive integer, found {batch!r}")
     first = model.entries[0].input_shape
     if len(first) != 3:
         raise InputError(f"expected a model of [batch, seq_len, embed]; this one takes {first}")
     length = first[1] if seq_len is None else seq_len
-    shape = (batch, length, first[2])
+    shape = (positive("batch", batch), length, first[2])
     model.entry_at(shape)  # raises InputError, which lists what runs
     frames = aligned_empty(shape)
     frames[...] = 0

@@ -13,32 +13,35 @@ from schedules.ema_scan_dense.naive import ema_scan_dense as naive_ema_scan_dens
 from schedules.normed_dense.naive import NormedDenseSpec
 from schedules.normed_dense.naive import normed_dense as naive_normed_dense
 
-from ..relax_ops import Shape, _attrs, _call_kernel, _infer_dense, _register, dims_of, shape_of
+from ..relax_ops import (
+    Shape,
+    call_kernel,
+    dense_fields,
+    dict_attrs,
+    dims_of,
+    infer_dense,
+    register_operator,
+    shape_of,
+)
 
 
 def _legalize_normed_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    k, n = shape_of(call.args[1])
     spec = NormedDenseSpec(
-        lead=dims_of(shape_of(call.args[0])[:-1]),
-        k=k,
-        n=n,
-        residual=len(call.args) == 4,
-        swiglu=bool(call.attrs["swiglu"]),
-        sigmoid_from=int(call.attrs["sigmoid_from"]),
+        **dense_fields(call),
         eps=float(call.attrs["eps"]),
         clamp_variance=bool(call.attrs["clamp_variance"]),
     )
-    return _call_kernel(bb, spec, naive_normed_dense(spec), call)
+    return call_kernel(bb, spec, naive_normed_dense(spec), call)
 
 
-_NORMED_DENSE = _register(
-    "normed_dense", ["x", "w", "b", "residual"], _infer_dense, _legalize_normed_dense
+_NORMED_DENSE = register_operator(
+    "normed_dense", ["x", "w", "b", "residual"], infer_dense, _legalize_normed_dense
 )
 
 
 def normed_dense(dense: relax.Call, norm: relax.Call) -> relax.Call:
     """Return a dense call on what a plain layer norm reads, normalized on the way."""
-    attrs = _attrs(
+    attrs = dict_attrs(
         swiglu=int(dense.attrs["swiglu"]),
         sigmoid_from=int(dense.attrs["sigmoid_from"]),
         eps=tvm.tirx.FloatImm("float64", float(norm.attrs["eps"])),
@@ -55,10 +58,10 @@ def _legalize_ema_scan_dense(bb: relax.BlockBuilder, call: relax.Call) -> relax.
     batch, seq_len, channels = known(dims_of(shape_of(call.args[0])))
     n = shape_of(call.args[2])[1]
     spec = EmaScanDenseSpec(batch, seq_len, channels, n, residual=len(call.args) == 5)
-    return _call_kernel(bb, spec, naive_ema_scan_dense(spec), call)
+    return call_kernel(bb, spec, naive_ema_scan_dense(spec), call)
 
 
-_EMA_SCAN_DENSE = _register(
+_EMA_SCAN_DENSE = register_operator(
     "ema_scan_dense",
     ["p", "decay", "w", "b", "residual"],
     _infer_ema_scan_dense,

@@ -12,14 +12,12 @@ import tvm_ffi
 
 from mega_tvm.entries import Entry
 from mega_tvm.errors import DamagedArtifactError, InputError
-from mega_tvm.inputs import CPU, as_array, as_output, dtype_message, non_finite
-from mega_tvm.runtime import Model
+from mega_tvm.inputs import CPU, as_array, as_output, check_values
+from mega_tvm.runtime import POOLED, Model
 from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.tensor_memory import Tensors
 
 from .device import CUDA, Device
-
-_POOLED = 2
 
 
 class CudaModel(Model):
@@ -39,15 +37,12 @@ class CudaModel(Model):
         device: Device,
     ) -> None:
         self._device = device
-        self._weights = tvm_ffi.Array(
-            [device.upload(np.from_dlpack(view)) for view in tensors.views]
-        )
         self._turn = threading.Lock()
         self._machine = _machine(module)
-        super().__init__(path, manifest, module, tensors, library, num_threads)
+        uploaded = [device.upload(np.from_dlpack(view)) for view in tensors.views]
+        on_device = Tensors(tensors.block, tvm_ffi.Array(uploaded))
+        super().__init__(path, manifest, module, on_device, library, num_threads)
         self._functions = {entry.name: self._function(entry.name) for entry in self.entries}
-        # The device has them now.
-        self._tensors = Tensors(tensors.block, self._weights)
 
     def __call__(self, x: Any, *, out: Any = None, check_finite: bool = False) -> Any:
         """Run the model.
@@ -82,13 +77,10 @@ class CudaModel(Model):
                     "out and check_finite are for an x on the CPU; take what the call returns, and "
                     "check before it"
                 )
-            return self._run(self._on_device(x))
+            return self._run_on_device(x)
         array = as_array(x)
         entry = self.entry_at(array.shape)
-        if array.dtype != np.float32:
-            raise InputError(dtype_message(array.dtype))
-        if check_finite and not np.isfinite(array).all():
-            raise InputError(f"expected finite values, found {non_finite(array)}")
+        check_values(array, check_finite)
         target = None if out is None else as_output(out, entry.output_shape)
         with self._turn:
             output = self._compute(entry, self._device.upload(array))
@@ -104,32 +96,27 @@ class CudaModel(Model):
 
     def invoke(self, function: Any, x: npt.NDArray[np.float32]) -> Any:
         """Call a machine's function with an array on the CPU."""
-        tensors = (self._weights,) if len(self._weights) else ()
-        return function(self._device.upload(x), *tensors)
+        return function(self._device.upload(x), *self._machine_tensors())
 
     def fetch(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
         """Copy a tensor from the device."""
         return self._device.download(tensor)
 
-    def _on_device(self, x: Any) -> tvm_ffi.Tensor:
+    def _run_on_device(self, x: Any) -> tvm_ffi.Tensor:
         tensor = tvm_ffi.from_dlpack(x)
         if str(tensor.dtype) != "float32":
             raise InputError(f"expected float32, found {tensor.dtype}")
-        self.entry_at(tuple(tensor.shape))
+        entry = self.entry_at(tuple(tensor.shape))
         if not tensor.is_contiguous():
             raise InputError("expected a C-contiguous tensor; torch: x.contiguous()")
-        return tensor
-
-    def _run(self, x: tvm_ffi.Tensor) -> tvm_ffi.Tensor:
         with self._turn:
-            output = self._compute(self.entry_at(tuple(x.shape)), x)
-            tvm_ffi.get_global_func("runtime.Device_StreamSync")(x.device, 0)
+            output = self._compute(entry, tensor)
+            tvm_ffi.get_global_func("runtime.Device_StreamSync")(tensor.device, 0)
         return output
 
     def _compute(self, entry: Entry, x: tvm_ffi.Tensor) -> Any:
-        tensors = (self._weights,) if len(self._weights) else ()
         try:
-            return self._functions[entry.name](x, *tensors)
+            return self._functions[entry.name](x, *self._machine_tensors())
         except (TypeError, ValueError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
@@ -146,7 +133,7 @@ class CudaModel(Model):
 
 def _machine(module: tvm_ffi.Module) -> Any:
     machine = module["vm_load_executable"]()
-    machine["vm_initialization"](CUDA, 0, _POOLED, CPU, 0, _POOLED)
+    machine["vm_initialization"](CUDA, 0, POOLED, CPU, 0, POOLED)
     return machine
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mega_tvm.atomic_write import write_atomically
 from mega_tvm.errors import WeightsError
 from reference.config import MegaConfig
 
@@ -140,7 +139,10 @@ def save_checkpoint(
         )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    _write_atomically(path, content)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {error}") from error
 
 
 def _read(path: Path) -> bytes:
@@ -172,18 +174,3 @@ def _format_of(path: Path, data: bytes) -> str:
     if by_suffix:
         return by_suffix  # its reader says what is wrong
     raise WeightsError(f"not a checkpoint of a known format ({', '.join(SUFFIXES)})")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()

@@ -26,11 +26,11 @@ from ..common.attention import ATTENTION_EPS
 from ..common.cpu_features import VectorUnit, vector_unit
 from ..common.dims import DimVars
 from ..common.kernel import ScheduledKernel
+from ..common.prefetch import INTO_L2, READ, prefetch
 from ..common.reduce import fold_sum
 from ..gated_attention.cpu import softmax
 from .naive import CachedAttentionSpec, cached_attention_prim_func
 
-READ, INTO_L2, DATA = 0, 2, 1  # the prefetch intrinsic's arguments
 BLOCK = 64  # cache rows that are scored together
 ROW_TILE_K = 8  # keys of a register tile beside a single query: chains that hide FMA latency
 
@@ -85,14 +85,6 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
                     copy_row(v, cache, b, c, slot, v_off, V)
 
     @T.inline
-    def prefetch(cache, b, key, d):
-        T.evaluate(
-            T.call_intrin(
-                "void", "tirx.prefetch", T.address_of(cache[b, key, d]), READ, INTO_L2, DATA
-            )
-        )
-
-    @T.inline
     def accumulate(q, cache, acc, b, row, key, n_rows, n_keys, d, n):
         for i in T.unroll(n_rows):
             for j in T.unroll(n_keys):
@@ -112,7 +104,7 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
         for d in T.serial(W // L):
             if n_rows == 1:
                 for j in T.unroll(n_keys):
-                    prefetch(cache, b, first + j0 + n_keys + j, d * L)
+                    prefetch(cache[b, first + j0 + n_keys + j, d * L], READ, INTO_L2)
             accumulate(q, cache, acc, b, row, first + j0, n_rows, n_keys, d * L, L)
         if W % L > 0:
             accumulate(q, cache, acc, b, row, first + j0, n_rows, n_keys, W - W % L, W % L)
@@ -140,7 +132,7 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
         for key in T.serial(n_keys):
             if n_rows == 1:
                 for j in T.unroll(n // step):
-                    prefetch(cache, b, first + BLOCK + key, v_off + col + j * step)
+                    prefetch(cache[b, first + BLOCK + key, v_off + col + j * step], READ, INTO_L2)
             for i in T.unroll(n_rows):
                 for j in T.unroll(n // step):
                     for lane in T.vectorized(step):

@@ -32,19 +32,17 @@ from ..common import decisions
 from ..common.cpu_features import VectorUnit, vector_unit
 from ..common.dims import DimVars, ceil_div
 from ..common.kernel import ScheduledKernel
+from ..common.prefetch import INTO_L1, INTO_L2, READ, WRITE
+from ..common.prefetch import prefetch as fetch_line
 from ..common.row_tiles import RowTiles
 from ..common.vector_math import sigmoid, silu
-from .naive import DenseSpec
+from .naive import DenseSpec, dense_prim_func
 from .packing import PanelLayout
 
 # Rows of x that share one pass over the weights: 120 rows of k = 256 are 120 KB, an eighth of the
 # L2 beside the panel's 64 KB.
 BLOCK_M = 120
 LINE = 16  # float32 of a cache line
-# The prefetch intrinsic's arguments.
-READ, WRITE = 0, 1
-INTO_L2, INTO_L1 = 2, 3
-DATA = 1
 
 
 def schedule(sch: Schedule, target: Target) -> None:
@@ -55,7 +53,7 @@ def schedule(sch: Schedule, target: Target) -> None:
     weights. ``prefetch`` says whether the next panel is fetched ahead.
 
     The panel has one width: kernels of any number of rows share their packed weights. A search over
-    widths gained 1.7% in one kernel, and nothing in the whole model.
+    widths gained 1.7% in one kernel on one thread, and nothing in the whole model.
     """
     spec = DenseSpec.of(sch.mod["main"])
     unit = vector_unit(target)
@@ -148,12 +146,6 @@ def _kernel(
         sharing = min(tiles_per_block, tiles)
         return ceil_div(lines, sharing) if sharing > 1 else 0
 
-    @T.inline
-    def fetch(element, intent, level):
-        T.evaluate(
-            T.call_intrin("void", "tirx.prefetch", T.address_of(element), intent, level, DATA)
-        )
-
     def epilogue(acc, i, j, lane, col, activate):
         value = acc[i, j * step * L + lane]
         if swiglu:
@@ -197,14 +189,14 @@ def _kernel(
         if prefetch:
             for i in T.unroll(tile_rows):
                 for j in T.unroll(vectors // step):
-                    fetch(y[m + i, col + j * L], WRITE, INTO_L1)
+                    fetch_line(y[m + i, col + j * L], WRITE, INTO_L1)
                     if has_residual:
-                        fetch(residual[m + i, col + j * L], READ, INTO_L1)
+                        fetch_line(residual[m + i, col + j * L], READ, INTO_L1)
         for k in T.serial(K):
             for line in T.unroll(ahead):
                 # The last lines again, where the tiles are more than the lines.
                 at = T.meta_var(T.min(t * ahead + line, lines - 1) * LINE)
-                fetch(w[base + width * K + k * width + at], READ, INTO_L2)
+                fetch_line(w[base + width * K + k * width + at], READ, INTO_L2)
             for i in T.unroll(tile_rows):
                 for j in T.unroll(vectors):
                     for lane in T.vectorized(L):
@@ -282,37 +274,4 @@ def _kernel(
                 with T.Else():
                     by_rows(*arguments, rows=rows + 1)
 
-    @T.inline
-    def body(x_nd, w, b, residual_nd, y_nd):
-        x = T.decl_buffer((M, K), "float32", data=x_nd.data)
-        y = T.decl_buffer((M, out_n), "float32", data=y_nd.data)
-        residual = T.decl_buffer((M, out_n), "float32", data=residual_nd.data)
-        by_rows(x, w, b, residual, y)
-
-    in_shape, out_shape = (*dims.shape(spec.lead), K), (*dims.shape(spec.lead), out_n)
-    if has_residual:
-
-        @T.prim_func(s_tir=True, private=True)
-        def dense_residual(
-            x: T.Buffer(in_shape, "float32"),
-            w: T.Buffer((size,), "float32"),
-            b: T.Buffer((padded_n,), "float32"),
-            residual: T.Buffer(out_shape, "float32"),
-            y: T.Buffer(out_shape, "float32"),
-        ):
-            T.func_attr({"tirx.noalias": True})
-            body(x, w, b, residual, y)
-
-        return dense_residual
-
-    @T.prim_func(s_tir=True, private=True)
-    def dense(
-        x: T.Buffer(in_shape, "float32"),
-        w: T.Buffer((size,), "float32"),
-        b: T.Buffer((padded_n,), "float32"),
-        y: T.Buffer(out_shape, "float32"),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        body(x, w, b, y, y)
-
-    return dense
+    return dense_prim_func(spec, dims, (size,), padded_n, by_rows)

@@ -11,10 +11,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from ..common.cuda_threads import WARP, lanes_sum
-from ..common.dims import ceil_div, known_rows
-from .cuda_epilogue import block_statistics, dense_prim_func, finish, normalized
+from ..common.dims import DimVars, ceil_div, known_rows
+from .cuda_epilogue import block_statistics, finish, normalized
 from .cuda_packing import CudaLayout
-from .naive import DenseSpec
+from .naive import DenseSpec, dense_prim_func
 
 MAX_ROWS = 8
 THREADS = 256
@@ -92,4 +92,6 @@ def few_rows_dense(spec: DenseSpec, width: int) -> tirx.PrimFunc:
                     if i * THREADS + tid < outputs:
                         write(sums, b, residual, y, panel, i * THREADS + tid)
 
-    return dense_prim_func(spec, (layout.panels, layout.padded_k, width), layout.padded_n, body)
+    return dense_prim_func(
+        spec, DimVars(), (layout.panels, layout.padded_k, width), layout.padded_n, body
+    )

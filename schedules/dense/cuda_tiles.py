@@ -18,10 +18,10 @@ import dataclasses
 from tvm import tirx
 from tvm.script import tirx as T
 
-from ..common.dims import ceil_div, known_rows
-from .cuda_epilogue import block_statistics, dense_prim_func, finish, normalized
+from ..common.dims import DimVars, ceil_div, known_rows
+from .cuda_epilogue import block_statistics, finish, normalized
 from .cuda_packing import CudaLayout
-from .naive import DenseSpec
+from .naive import DenseSpec, dense_prim_func
 
 THREAD_N = 4  # columns of a thread: one 16-byte load of weights
 STEP_K = 8
@@ -180,4 +180,4 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
                     (panel * BN + tid % across * THREAD_N) // (2 if swiglu else 1),
                 )  # fmt: skip
 
-    return dense_prim_func(spec, (panels, padded_k, BN), layout.padded_n, body)
+    return dense_prim_func(spec, DimVars(), (panels, padded_k, BN), layout.padded_n, body)

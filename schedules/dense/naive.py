@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 from tvm import te, tirx
+from tvm.script import tirx as T
 
 from ..common.dims import Dim, DimVars
 from ..common.spec import KernelSpec
@@ -87,3 +89,50 @@ def dense_of(spec: DenseSpec, x: te.Tensor, rows: te.Tensor) -> tirx.PrimFunc:
     out = te.compute((*lead, spec.out_n), epilogue, "out")
     args = [x, w, b, residual, out] if spec.residual else [x, w, b, out]
     return spec.attach(te.create_prim_func(args))
+
+
+def dense_prim_func(
+    spec: DenseSpec,
+    dims: DimVars,
+    w_shape: tuple[int, ...],
+    padded_n: int,
+    body: Callable[..., None],
+) -> tirx.PrimFunc:
+    """Return the kernel ``(x, w, b[, residual], y)``; ``body`` gets matrices and writes it out."""
+    M, K, out_n = dims.rows(spec.lead), spec.k, spec.out_n
+    lead = dims.shape(spec.lead)
+    in_shape, out_shape = (*lead, K), (*lead, out_n)
+
+    @T.inline
+    def flat(x_nd, w, b, residual_nd, y_nd):
+        x = T.decl_buffer((M, K), "float32", data=x_nd.data)
+        y = T.decl_buffer((M, out_n), "float32", data=y_nd.data)
+        residual = T.decl_buffer((M, out_n), "float32", data=residual_nd.data)
+        body(x, w, b, residual, y)
+
+    if spec.residual:
+
+        @T.prim_func(s_tir=True, private=True)
+        def dense_residual(
+            x: T.Buffer(in_shape, "float32"),
+            w: T.Buffer(w_shape, "float32"),
+            b: T.Buffer((padded_n,), "float32"),
+            residual: T.Buffer(out_shape, "float32"),
+            y: T.Buffer(out_shape, "float32"),
+        ):
+            T.func_attr({"tirx.noalias": True})
+            flat(x, w, b, residual, y)
+
+        return dense_residual
+
+    @T.prim_func(s_tir=True, private=True)
+    def dense(
+        x: T.Buffer(in_shape, "float32"),
+        w: T.Buffer(w_shape, "float32"),
+        b: T.Buffer((padded_n,), "float32"),
+        y: T.Buffer(out_shape, "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        flat(x, w, b, y, y)
+
+    return dense

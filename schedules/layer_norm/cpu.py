@@ -17,7 +17,7 @@ from ..common.cpu_features import vector_unit
 from ..common.dims import DimVars
 from ..common.kernel import ScheduledKernel
 from ..common.reduce import fold_sum
-from .naive import LayerNormSpec
+from .naive import LayerNormSpec, layer_norm_prim_func
 
 # A parallel region costs about 1 us; a row of 256 takes 25 ns. Below this many elements a thread
 # the region costs more than the second core gives.
@@ -48,7 +48,6 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
     steps, rest = N // wide, N % wide
     vectors_left, tail = rest // L, rest % L
     inverse, eps, clamp_variance = 1.0 / N, spec.eps, spec.clamp_variance
-    shape = (*dims.shape(spec.lead), N)
 
     def term(x, mean, square):
         return (x - mean[0]) * (x - mean[0]) if square else x
@@ -102,9 +101,7 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
             write(x, gamma, beta, y, m, mean, scale, N - tail, tail)
 
     @T.inline
-    def body(x_nd, gamma, beta, y_nd):
-        x = T.decl_buffer((M, N), "float32", data=x_nd.data)
-        y = T.decl_buffer((M, N), "float32", data=y_nd.data)
+    def body(x, gamma, beta, y):
         if M * N >= 2 * PARALLEL_ELEMENTS:
             for m in T.parallel(M):
                 row(x, gamma, beta, y, m)
@@ -112,23 +109,4 @@ def _kernel(spec: LayerNormSpec, L: int, unroll: int) -> tirx.PrimFunc:
             for m in T.serial(M):
                 row(x, gamma, beta, y, m)
 
-    if affine:
-
-        @T.prim_func(s_tir=True, private=True)
-        def layer_norm(
-            x: T.Buffer(shape, "float32"),
-            gamma: T.Buffer((N,), "float32"),
-            beta: T.Buffer((N,), "float32"),
-            y: T.Buffer(shape, "float32"),
-        ):
-            T.func_attr({"tirx.noalias": True})
-            body(x, gamma, beta, y)
-
-        return layer_norm
-
-    @T.prim_func(s_tir=True, private=True)
-    def layer_norm_plain(x: T.Buffer(shape, "float32"), y: T.Buffer(shape, "float32")):
-        T.func_attr({"tirx.noalias": True})
-        body(x, x, x, y)
-
-    return layer_norm_plain
+    return layer_norm_prim_func(spec, dims, body)

@@ -17,9 +17,9 @@ from tvm.target import Target
 
 from ..common import decisions
 from ..common.cuda_threads import MULTIPROCESSORS, WARP, lanes_sum
-from ..common.dims import ceil_div, known_rows
+from ..common.dims import DimVars, ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
-from .naive import LayerNormSpec
+from .naive import LayerNormSpec, layer_norm_prim_func
 
 
 def schedule(sch: Schedule, target: Target) -> None:
@@ -37,7 +37,6 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 def _kernel(spec: LayerNormSpec, warps: int) -> tirx.PrimFunc:
     M, N, affine = known_rows(spec.lead), spec.n, spec.affine
     inverse, eps, clamp_variance = 1.0 / N, spec.eps, spec.clamp_variance
-    shape = (*spec.lead, N)
     V = 4 if N % 4 == 0 else 1  # a lane's piece, 16 bytes where rows are aligned
     steps = ceil_div(N, WARP * V)
 
@@ -82,31 +81,10 @@ def _kernel(spec: LayerNormSpec, warps: int) -> tirx.PrimFunc:
                         y[m, col] = (x[m, col] - mean[0]) * scale[0]
 
     @T.inline
-    def body(x_nd, gamma, beta, y_nd):
-        x = T.decl_buffer((M, N), "float32", data=x_nd.data)
-        y = T.decl_buffer((M, N), "float32", data=y_nd.data)
+    def body(x, gamma, beta, y):
         for block in T.thread_binding(ceil_div(M, warps), thread="blockIdx.x"):
             for tid in T.thread_binding(warps * WARP, thread="threadIdx.x"):
                 if block * warps + tid // WARP < M:
                     row(x, gamma, beta, y, block * warps + tid // WARP, tid % WARP)
 
-    if affine:
-
-        @T.prim_func(s_tir=True, private=True)
-        def layer_norm(
-            x: T.Buffer(shape, "float32"),
-            gamma: T.Buffer((N,), "float32"),
-            beta: T.Buffer((N,), "float32"),
-            y: T.Buffer(shape, "float32"),
-        ):
-            T.func_attr({"tirx.noalias": True})
-            body(x, gamma, beta, y)
-
-        return layer_norm
-
-    @T.prim_func(s_tir=True, private=True)
-    def layer_norm_plain(x: T.Buffer(shape, "float32"), y: T.Buffer(shape, "float32")):
-        T.func_attr({"tirx.noalias": True})
-        body(x, x, x, y)
-
-    return layer_norm_plain
+    return layer_norm_prim_func(spec, DimVars(), body)

@@ -9,6 +9,7 @@ from tvm import te, tirx
 
 from ..common.dims import DimVars
 from ..dense.naive import DenseSpec, dense_of
+from ..layer_norm.naive import normalized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +37,6 @@ class NormedDenseSpec(DenseSpec):
 
 def normed_dense(spec: NormedDenseSpec) -> tirx.PrimFunc:
     """Return the PrimFunc ``(x, w, b[, residual], out)``: `dense` of the plain layer norm of x."""
-    lead = DimVars().shape(spec.lead)
-    x = te.placeholder((*lead, spec.k), "float32", "x")
-    inverse, eps = tirx.const(1.0 / spec.k, "float32"), tirx.const(spec.eps, "float32")
-    i, j = te.reduce_axis((0, spec.k), "i"), te.reduce_axis((0, spec.k), "j")
-    total = te.compute(lead, lambda *r: te.sum(x[(*r, i)], axis=i), "total")
-
-    def deviation(row: tuple[tirx.Var, ...], col: tirx.Var) -> tirx.PrimExpr:
-        return x[(*row, col)] - total[row] * inverse
-
-    squares = te.compute(
-        lead, lambda *r: te.sum(deviation(r, j) * deviation(r, j), axis=j), "squares"
-    )
-
-    def normalize(*index: tirx.Var) -> tirx.PrimExpr:
-        *row, col = index
-        variance = squares[tuple(row)] * inverse
-        denominator = variance + eps
-        if spec.clamp_variance:
-            denominator = tirx.Select(variance < eps, eps, denominator)
-        return deviation(tuple(row), col) / tirx.sqrt(denominator)
-
-    return dense_of(spec, x, te.compute((*lead, spec.k), normalize, "normed"))
+    x = te.placeholder((*DimVars().shape(spec.lead), spec.k), "float32", "x")
+    plain = normalized(x, spec.eps, clamp_variance=spec.clamp_variance)
+    return dense_of(spec, x, te.compute(x.shape, plain, "normed"))

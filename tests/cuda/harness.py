@@ -9,15 +9,12 @@ import numpy as np
 import tvm
 import tvm_ffi
 from tvm import tirx
-from tvm.s_tir import Schedule
 
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.tolerances import assert_parity
-from schedules.common.decisions import PREFIX
 from schedules.common.kernel import ScheduledKernel
-from schedules.common.script_parsing import quick_parser_lookup
-from schedules.registry import CUDA, kernel_op
 from tests.cuda.emulator import activate
+from tests.schedules.harness import scheduled as scheduled_for
 
 TARGET = resolve_cuda("cuda").tvm_target()
 # In order, in reverse, shuffled.
@@ -26,15 +23,7 @@ ORDERS = (0, 1, 2)
 
 def scheduled(func: tirx.PrimFunc, **decisions: int) -> ScheduledKernel:
     """Schedule a naive kernel; ``decisions`` replace the defaults."""
-    kernel = CUDA[kernel_op(func) or ""]
-    sch = Schedule(tvm.IRModule({"main": func}))
-    kernel.schedule(sch, TARGET)
-    root = sch.get_sblock("root")
-    for name, value in decisions.items():
-        sch.unannotate(root, PREFIX + name)  # annotate keeps a value that is there
-        sch.annotate(root, PREFIX + name, value)
-    with quick_parser_lookup():
-        return kernel.generate(sch.mod["main"], TARGET)
+    return scheduled_for(func, TARGET, **decisions)
 
 
 def unchanged(source: str) -> str:

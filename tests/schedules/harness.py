@@ -10,14 +10,12 @@ import pytest
 import tvm
 import tvm_ffi
 from tvm import tirx
-from tvm.s_tir import Schedule
 from tvm.target import Target
 
 from mega_tvm.lowering import CPU_PIPELINE
 from schedules.common.decisions import PREFIX
 from schedules.common.kernel import ScheduledKernel
-from schedules.common.script_parsing import quick_parser_lookup
-from schedules.registry import CPU, kernel_op
+from schedules.registry import generate, sample_decisions
 
 # Name of a target to the microarchitecture level that a machine needs to run it.
 LEVELS = {"x86-64-v4": "x86_64_v4", "x86-64-v3": "x86_64_v3"}
@@ -37,15 +35,12 @@ def require(mcpu: str) -> None:
 
 def scheduled(func: tirx.PrimFunc, target: Target, **decisions: int) -> ScheduledKernel:
     """Schedule a naive kernel; ``decisions`` replace the defaults."""
-    kernel = CPU[kernel_op(func) or ""]
-    sch = Schedule(tvm.IRModule({"main": func}))
-    kernel.schedule(sch, target)
+    sch = sample_decisions(func, target)
     root = sch.get_sblock("root")
     for name, value in decisions.items():
         sch.unannotate(root, PREFIX + name)  # annotate keeps a value that is there
         sch.annotate(root, PREFIX + name, value)
-    with quick_parser_lookup():
-        return kernel.generate(sch.mod["main"], target)
+    return generate(sch.mod["main"], target)
 
 
 def compiled(
