@@ -9,7 +9,8 @@
 3. Scores of a span become weights a row at a time (the one step in which the two forms differ).
 4. Weights times values: register tiles of ``tile_q`` queries by one group of value columns
    accumulate over the span's keys, onto the block's running output.
-5. After the last span: times the inverse of the sum of weights, and the gate.
+5. After the last span: times the inverse of the sum of weights, and the gate. Where one span holds
+   all keys there is no running output, and a tile's accumulators become the output at once.
 
 Memory beside inputs and output: the transposed keys, and per thread one block of output. A causal
 form skips panels, and keys within a panel, that no query of a tile may see.
@@ -24,7 +25,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
-from .dims import DimVars, ceil_div
+from .dims import DimVars, Extent, ceil_div
 from .row_tiles import RowTiles, opaque
 from .transpose import transposed
 
@@ -88,6 +89,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     group = min(panel, V // L * L) if L <= V else V  # value columns of a register tile
     groups, tail = V // group, V % group
     step = min(L, group)
+    one_span = isinstance(K, int) and ceil_div(K, panel) <= blocking.span_panels
     q_off, k_off, v_off, g_off = spec.q_offset, spec.k_offset, spec.v_offset, spec.gate_offset
     has_gate, causal, rescales = spec.has_gate, scoring.causal, scoring.rescales
     accumulate, start, weigh = scoring.accumulate, scoring.start, scoring.weigh
@@ -123,8 +125,9 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         # s[:, at:at + vectors * L] = scores of the first keys of panel p
         acc = T.alloc_buffer((n_rows, vectors * L), "float32", scope="local")
         for i in T.unroll(n_rows):
-            for lane in T.vectorized(vectors * L):
-                acc[i, lane] = T.float32(0)
+            for j in T.unroll(vectors):
+                for lane in T.vectorized(L):
+                    acc[i, j * L + lane] = T.float32(0)
         for d in T.serial(W):
             for i in T.unroll(n_rows):
                 for j in T.unroll(vectors):
@@ -140,9 +143,20 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                     s[i, at + j * L + lane] = acc[i, j * L + lane]
 
     @T.inline
-    def mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, col, n, step):
-        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns. A span is summed by
-        # itself first: one chain of additions over all keys would round like one.
+    def write(mixed, r, at, inverse, i, gate, out, b, row, col, n):
+        # n columns of a row's output
+        for lane in T.vectorized(n):
+            value = T.meta_var(mixed[r, at + lane] * inverse[i])
+            if has_gate:
+                out[b, row, col + lane] = gate[b, row, g_off + col + lane] * value
+            else:
+                out[b, row, col + lane] = value
+
+    @T.inline
+    def mix_group(s, v, gate, out, o, factor, b, row, r, first, n_keys, n_rows, col, n, step):
+        # o[r:r+n_rows, col:col+n] += s @ v, in vectors of `step` columns; of one span, the output.
+        # A span is summed by itself first: one chain of additions over all keys would round like
+        # one.
         acc = T.alloc_buffer((n_rows, n), "float32", scope="local")
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
@@ -158,14 +172,17 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                         )
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
-                if first == 0:
+                if one_span:
+                    at = T.meta_var(j * step)
+                    write(acc, i, at, factor, i, gate, out, b, row + i, col + at, step)
+                elif first == 0:
                     for lane in T.vectorized(step):
                         o[r + i, col + j * step + lane] = acc[i, j * step + lane]
                 else:
                     for lane in T.vectorized(step):
                         if rescales:
                             o[r + i, col + j * step + lane] = (
-                                o[r + i, col + j * step + lane] * rescale[i]
+                                o[r + i, col + j * step + lane] * factor[i]
                                 + acc[i, j * step + lane]
                             )
                         else:
@@ -174,59 +191,59 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                             )
 
     @T.inline
-    def mix(s, v, o, rescale, b, r, first, n_keys, n_rows):
+    def mix(*arguments):
         for c in T.serial(groups):
-            mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, c * group, group, step)
+            mix_group(*arguments, c * group, group, step)
         if tail >= L:
-            at = T.meta_var(groups * group)
-            mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, at, tail // L * L, L)
+            mix_group(*arguments, groups * group, tail // L * L, L)
         if tail % L > 0:
-            end = T.meta_var(V - tail % L)
-            mix_group(s, v, o, rescale, b, r, first, n_keys, n_rows, end, tail % L, tail % L)
+            mix_group(*arguments, V - tail % L, tail % L, tail % L)
+
+    def score_panel(*arguments, seen, vectors=1):
+        # On the diagonal, no more vectors of a panel than a query of the tile may see.
+        if not causal or vectors == blocking.panel_vectors:
+            return score(*arguments, blocking.panel_vectors)
+        with T.If(seen <= vectors * L):
+            with T.Then():
+                score(*arguments, vectors)
+            with T.Else():
+                score_panel(*arguments, seen=seen, vectors=vectors + 1)
+        return None
 
     @T.inline
-    def score_panel(q, kt, s, b, row, p, at, n_rows, seen):
-        # On the diagonal, half a panel may do. More steps would gain little: at T = 60 the scores
-        # are half of 40 us.
-        if causal and panel >= 2 * L:
-            if seen <= panel // 2:
-                score(q, kt, s, b, row, p, at, n_rows, panel // L // 2)
-            else:
-                score(q, kt, s, b, row, p, at, n_rows, panel // L)
-        else:
-            score(q, kt, s, b, row, p, at, n_rows, panel // L)
-
-    @T.inline
-    def tile(q, kt, v, s, o, peak, total, b, row, r, first, n_rows):
+    def tile(q, kt, v, gate, out, s, o, peak, total, b, row, r, first, n_rows):
         # Keys of this span that the tile's last row may see.
         seen = T.meta_var(hide(T.min(span, (first_pos + row + n_rows if causal else K) - first)))
         if seen > 0:
-            rescale = T.alloc_buffer((n_rows,), "float32", scope="local")
+            factor = T.alloc_buffer((n_rows,), "float32", scope="local")
             if span_panels == 1:
-                score_panel(q, kt, s, b, row, first // panel, 0, n_rows, seen)
+                score_panel(q, kt, s, b, row, first // panel, 0, n_rows, seen=seen)
             else:
                 for p in T.serial((seen + panel - 1) // panel):
                     at = T.meta_var(p * panel)
-                    score_panel(q, kt, s, b, row, first // panel + p, at, n_rows, seen - at)
+                    nth = T.meta_var(first // panel + p)
+                    score_panel(q, kt, s, b, row, nth, at, n_rows, seen=seen - at)
             for i in T.serial(n_rows):
                 limit = T.meta_var(first_pos + row + i + 1 if causal else K)
                 vectors = T.meta_var((seen + L - 1) // L)
-                weigh(s, peak, total, rescale, r + i, i, first, limit, vectors)
-            mix(s, v, o, rescale, b, r, first, seen, n_rows)
+                weigh(s, peak, total, factor, r + i, i, first, limit, vectors)
+                if one_span:
+                    factor[i] = T.float32(1) / (total[r + i] + T.float32(ATTENTION_EPS))
+            mix(s, v, gate, out, o, factor, b, row, r, first, seen, n_rows)
 
     @T.inline
-    def write(o, inverse, gate, out, b, row, r, col, n):
-        for lane in T.vectorized(n):
-            if has_gate:
-                out[b, row, col + lane] = gate[b, row, g_off + col + lane] * (
-                    o[r, col + lane] * inverse[0]
-                )
-            else:
-                out[b, row, col + lane] = o[r, col + lane] * inverse[0]
+    def finish(o, total, gate, out, b, row, r):
+        inverse = T.alloc_buffer((1,), "float32", scope="local")
+        inverse[0] = T.float32(1) / (total[r] + T.float32(ATTENTION_EPS))
+        for d in T.serial(V // L):
+            write(o, r, d * L, inverse, 0, gate, out, b, row, d * L, L)
+        if V % L > 0:
+            write(o, r, V - V % L, inverse, 0, gate, out, b, row, V - V % L, V % L)
 
     @T.inline
     def block(q, kt, v, gate, out, tiles, b, nth, block_tiles):
-        o = T.alloc_buffer((block_rows, V), "float32", scope="local")
+        # Of one span, nothing is written there.
+        o = T.alloc_buffer((1 if one_span else block_rows, V), "float32", scope="local")
         s = T.alloc_buffer((tile_q, span), "float32", scope="local")
         peak = T.alloc_buffer((block_rows,), "float32", scope="local")
         total = T.alloc_buffer((block_rows,), "float32", scope="local")
@@ -241,34 +258,54 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             for t in T.serial(n_tiles):
                 row = T.meta_var(hide(tiles.start(first + t)))
                 r = T.meta_var(hide(row - row0))
-                tiles.emit(first + t, tile, q, kt, v, s, o, peak, total, b, row, r, p * span)
-        for r in T.serial(n_rows):
-            inverse = T.alloc_buffer((1,), "float32", scope="local")
-            inverse[0] = T.float32(1) / (total[r] + T.float32(ATTENTION_EPS))
-            for d in T.serial(V // L):
-                write(o, inverse, gate, out, b, row0 + r, r, d * L, L)
-            if V % L > 0:
-                write(o, inverse, gate, out, b, row0 + r, r, V - V % L, V % L)
+                tiles.emit(
+                    first + t, tile, q, kt, v, gate, out, s, o, peak, total, b, row, r, p * span
+                )
+        if not one_span:
+            for r in T.serial(n_rows):
+                finish(o, total, gate, out, b, row0 + r, r)
 
     @T.inline
     def body(q, k, v, gate, out):
         panels = T.meta_var(hide(ceil_div(K, panel)))
         kt = T.alloc_buffer((B, ceil_div(K, panel), W, panel), "float32")
         tiles = T.meta_var(RowTiles(Q, tile_q))
-        # Two blocks at least, for two cores.
-        block_tiles = T.meta_var(hide(T.min(blocking.block_tiles, ceil_div(tiles.count, 2))))
+        block_tiles = T.meta_var(hide(balanced_tiles(tiles.count, blocking.block_tiles, causal)))
         blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
         for g in T.parallel(B * panels):
             pack_panel(k, kt, hide(g // panels), hide(g % panels))
         for g in T.parallel(B * blocks):
-            # Threads take contiguous ranges. A causal block costs more the later it lies: pairing
-            # the first with the last, the second with the last but one, ... gives each range its
-            # share.
             u = T.meta_var(g % blocks)
             nth = T.meta_var(hide(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2)))
             block(q, kt, v, gate, out, tiles, hide(g // blocks), nth, block_tiles)
 
     return attention_prim_func(spec, dims, body)
+
+
+def balanced_tiles(tiles: Extent, most: int, causal: bool) -> Extent:
+    """Return the tiles of a block: no more than ``most``, and so that two cores have equal work.
+
+    Threads take contiguous ranges of blocks. A causal block costs more the later it lies; the
+    order is the first, the last, the second, the last but one, ..., so that many blocks split
+    evenly. Of few tiles the blocks must be small: 10 tiles in blocks of 5 would give one thread 40
+    of 55 units of work, and in blocks of 2 at most 29.
+    """
+    if not isinstance(tiles, int):
+        return T.min(most, ceil_div(tiles, 2))
+
+    def longest(block_tiles: int) -> int:
+        blocks = ceil_div(tiles, block_tiles)
+        order = [u // 2 if u % 2 == 0 else blocks - 1 - u // 2 for u in range(blocks)]
+        work = [
+            sum(t + 1 if causal else 1 for t in range(nth * block_tiles, tiles)[:block_tiles])
+            for nth in order
+        ]
+        half = ceil_div(blocks, 2)
+        return max(sum(work[:half]), sum(work[half:]))
+
+    choices = {n: longest(n) for n in range(1, min(most, tiles) + 1)}
+    # 2% of balance are not worth a second pass over the keys.
+    return max(n for n, cost in choices.items() if cost <= 1.02 * min(choices.values()))
 
 
 def attention_prim_func(

@@ -7,6 +7,7 @@ import pytest
 
 from mega_tvm.tolerances import assert_parity
 from schedules.common.attention import AttentionSpec
+from schedules.common.attention_blocked import balanced_tiles
 from tests.schedules.cases import attention_case, attention_spec, sized
 from tests.schedules.harness import Kernel, run_naive, run_scheduled, scheduled
 
@@ -132,3 +133,17 @@ def test_naive_is_the_definition(rng, baseline, laplace, Q) -> None:
         _check(rng, baseline, spec, run=run_naive)
     spec = attention_spec(laplace, 2, 5, 5, 7, 6, merged=True)
     _check(rng, baseline, spec, run=run_naive)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 7, 10, 12, 43, 171])
+def test_two_threads_share_the_tiles(tiles, causal) -> None:
+    """Neither has more than its half and what one tile more would be."""
+    block = balanced_tiles(tiles, 8, causal)
+    assert 1 <= block <= min(8, tiles)
+    blocks = -(-tiles // block)
+    order = [u // 2 if u % 2 == 0 else blocks - 1 - u // 2 for u in range(blocks)]
+    work = [t + 1 if causal else 1 for t in range(tiles)]
+    first = [n for nth in order[: -(-blocks // 2)] for n in work[nth * block :][:block]]
+    larger = max(sum(first), sum(work) - sum(first))
+    assert larger <= 1.02 * (sum(work) / 2 + max(work))

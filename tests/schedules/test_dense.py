@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from mega_tvm.tolerances import assert_parity
-from schedules.dense.naive import DenseSpec
+from schedules.common.decisions import read
+from schedules.dense.naive import DenseSpec, dense
+from schedules.registry import sample_decisions
 from tests.schedules.cases import dense_case, sized
-from tests.schedules.harness import run_naive, run_scheduled
+from tests.schedules.harness import cpu_target, run_naive, run_scheduled
 
 # lead, k, n: every size of T, leads of rank 1 to 3, widths around one and two vectors and panels
 SHAPES = [
@@ -107,3 +109,18 @@ def test_nan_stays_in_its_row(rng, target) -> None:
     assert np.isnan(y[0, 2]).all()
     rest = np.arange(7) != 2
     assert_parity(y[0, rest], case.expected[0, rest])
+
+
+@sized(
+    "M K N tile_m block_m",
+    [
+        (59, 40, 300, 6, 30),  # two halves, each of five tiles
+        (59, 40, 13, 10, 30),  # one panel: rows are all that can be split
+        (16, 40, 300, 6, 24),  # too few tiles to hide the fetching of a panel
+        (257, 40, 300, 6, 120),  # blocks enough
+    ],
+)
+def test_two_threads_have_rows_of_their_own(M, K, N, tile_m, block_m) -> None:
+    func = dense(DenseSpec((1, M), K, N))
+    chosen = read(sample_decisions(func, cpu_target("x86-64-v4")).mod["main"])
+    assert (chosen["tile_m"], chosen["block_m"]) == (tile_m, block_m)

@@ -78,6 +78,13 @@ def test_any_decisions(rng, target, n, unroll) -> None:
 
 
 @FORMS
+@pytest.mark.parametrize("keep_row", [0, 1])
+@pytest.mark.parametrize("n", [16, 64], ids="N{}".format)
+def test_a_row_in_registers(rng, target, n, keep_row, form) -> None:
+    _check(rng, target, _rows(rng, (1, 7), n), form, keep_row=keep_row)
+
+
+@FORMS
 def test_naive_is_the_definition(rng, baseline, form) -> None:
     x = _rows(rng, (2, 3), 5) * np.float32([[[1e-3], [1], [30]]])
     _check(rng, baseline, x, form, run=run_naive)
