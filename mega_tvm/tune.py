@@ -112,7 +112,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         from .model_source import resolve_model
         from .targets import CpuTarget, machine_runs, resolve_target
         from .tuning.report import LiveReport, summary
-        from .tuning.session import Session
+        from .tuning.session import Session, time_to
         from .tuning.tasks import extract_kernels
         from .tuning.workers import Pool
 
@@ -168,6 +168,10 @@ def _tune(arguments: argparse.Namespace) -> int:
         ceilings = None if tracker else pool.ceilings()
     out.width = max(out.width, TABLE_WIDTH)
     out.print(summary(session.kernels, ceilings))
+    if reached := time_to(0.95, session.curve):
+        out.print(
+            f"95% of the gain was found after {reached[0]:.0f} s, {reached[1]} trials", markup=False
+        )
     trials = sum(progress.trials for progress in session.kernels) - resumed
     seconds = time.perf_counter() - started
     out.print(

@@ -37,8 +37,8 @@ from .record import KernelKey, Record, TargetKey
 from .space import Space, replay
 from .versions import made_by
 
-ANY_SIZE = "any size"
-FOUND = ("hit", ANY_SIZE)  # what a strict compile accepts
+HIT, ANY_SIZE = "hit", "any size"
+FOUND = (HIT, ANY_SIZE)  # what a strict compile accepts
 SHIPPED = Path(schedules.__file__).parent / "tuned"
 
 
@@ -120,7 +120,7 @@ class TunedSchedules:
         if any(isinstance(dim, tirx.Var) for buffer in func.params for dim in buffer.shape):
             return None, Outcome(ANY_SIZE, "hand", "hand schedule")
         if space.size == 1:
-            return None, Outcome("hit", "hand", "there is nothing to decide")
+            return None, Outcome(HIT, "hand", "there is nothing to decide")
         there = self._records.get(key, [])
         ours = [r for r in there if r.made_by == made_by(key[0]) and space.holds(r.decisions)]
         best = best_confirmed(ours)
@@ -137,8 +137,8 @@ class TunedSchedules:
                 "stale", "hand", "the kernel computes something else; hand schedule"
             )
         if best.decisions == space.hand:
-            return None, Outcome("hit", "hand", "nothing beat the hand schedule")
-        return best, Outcome("hit", "tuned")
+            return None, Outcome(HIT, "hand", "nothing beat the hand schedule")
+        return best, Outcome(HIT, "tuned")
 
 
 def find_logs(target: CpuTarget, given: Path | None) -> list[Path]:

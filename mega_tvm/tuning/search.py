@@ -41,6 +41,11 @@ class Search:
     ----------
     space : Space
     seed : int
+
+    Attributes
+    ----------
+    measured : dict of Point to float or None
+        Seconds of each candidate; None if it failed.
     """
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -79,12 +84,16 @@ class Search:
         times = [s for s in (known, seconds) if s is not None]
         self.measured[point] = min(times, default=None)
 
-    def propose(self, count: int) -> list[Decisions]:
-        """Return up to ``count`` candidates that were not measured; fewer where the space ends."""
+    def propose(self, count: int, first: Sequence[Decisions] = ()) -> list[Decisions]:
+        """Return up to ``count`` candidates that were not measured; fewer where the space ends.
+
+        The hand schedule stands before all others, then ``first``: what is worth a try.
+        """
         chosen: dict[Point, None] = {}
-        hand = self._point(self.space.hand)
-        if hand not in self.measured:
-            chosen[hand] = None
+        for decisions in [self.space.hand, *first][:count]:
+            point = self._point(decisions)
+            if point not in self.measured:
+                chosen[point] = None
         if sum(s is not None for s in self.measured.values()) >= LEAST_SAMPLES:
             promising = math.ceil(count * (1 - EXPLORED)) - len(chosen)
             for point in self._evolve()[:promising]:

@@ -2,7 +2,8 @@
 
 1. Search. Batch after batch goes to the kernel that takes the largest share of the model's time,
    for the batches that it had: an interrupt at any time leaves the trials where they matter. Each
-   batch is in the log before the next one starts.
+   batch is in the log before the next one starts. A kernel's first batch is small, and holds what
+   was best for it at another length or number of threads.
 2. Confirm. The fastest candidates of each kernel are measured against its hand schedule, turn by
    turn. Only what wins there is confirmed, and only confirmed records are used by a compile; where
    none wins, the hand schedule is confirmed.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +36,14 @@ from .versions import made_by
 from .workers import Pool, Result, WorkerError
 
 BATCH = 16
+FIRST_BATCH = 8
 # Candidates of a kernel that are measured against the hand schedule.
 FINALISTS = 3
 # A candidate must be faster in the median by more than what two runs of one differ by, and in three
 # rounds of four.
 LEAST_GAIN = 1.01
+# What the search measured as slower than the hand schedule by more than that is no finalist.
+FINALIST_RATIO = 1.02
 # Candidates in a row that found no device: there is none.
 LOST_IN_A_ROW = 2 * BATCH
 
@@ -120,15 +125,18 @@ class Session:
         self.report: Report = lambda every, one: None
         self._started = time.perf_counter()
         self._lost = 0
+        self._elsewhere: list[Record] = []
         self._run: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "device": _device(),
+            "code_for": target.name,
             "versions": {"mega_tvm": mega_tvm.__version__, "tvm": tvm.__version__},
             "threads": threads,
             "seed": seed,
             "trials": 0,
             "seconds": 0,
+            "curve": [],
         }
         if is_log(directory):
             self._resume(threads)
@@ -148,10 +156,19 @@ class Session:
             open_ = [progress for progress in self.kernels if not progress.search.exhausted]
             if left <= 0 or not open_:
                 break
-            self._batch(max(open_, key=lambda progress: progress.urgency), min(BATCH, left))
+            progress = max(open_, key=lambda progress: progress.urgency)
+            self._batch(progress, min(BATCH if progress.batches else FIRST_BATCH, left))
         for progress in self.kernels:
             if progress.confirmed is None:
                 self._confirm(progress)
+
+    @property
+    def curve(self) -> list[tuple[float, int, float]]:
+        """After each batch: seconds and trials so far, and the time of a model's run saved, in us.
+
+        The time is that of the search's best candidates, before any is confirmed.
+        """
+        return [(float(s), int(n), float(us)) for s, n, us in self._run["curve"]]
 
     def _resume(self, threads: int) -> None:
         log = read_log(self._directory)
@@ -161,6 +178,7 @@ class Session:
                 f"{self._directory}: is a log of target {log.target}, not of {self._target}; give "
                 "each target a directory of its own"
             )
+        self._elsewhere = [r for r in log.records if r.threads != threads and r.hand_seconds]
         for progress in self.kernels:
             kernel = progress.kernel
             ours = [
@@ -182,7 +200,8 @@ class Session:
                 progress.confirmed = best_confirmed(ours)
 
     def _batch(self, progress: Progress, size: int) -> None:
-        candidates = progress.search.propose(size)
+        first = [] if progress.batches else self._known(progress.kernel)
+        candidates = progress.search.propose(size, first)
         results = self._pool.measure(progress.kernel.task, candidates)
         lost = all(result.lost for result in results)
         self._lost = self._lost + len(results) if lost else 0
@@ -200,8 +219,36 @@ class Session:
             progress.failed += result.seconds is None
         progress.batches += 1
         progress.confirmed = None
+        self._run["curve"].append(
+            [
+                round(time.perf_counter() - self._started, 1),
+                self._run["trials"] + len(known),
+                round(self._saved() * 1e6, 2),
+            ]
+        )
         self._append([self._record(progress, *pair) for pair in known])
         self.report(self.kernels, progress)
+
+    def _saved(self) -> float:
+        """Return by how many seconds the best candidates shorten a run of the model."""
+        saved = 0.0
+        for progress in self.kernels:
+            best, hand = progress.search.best, progress.search.hand_seconds
+            if best is not None and hand is not None:
+                saved += progress.kernel.calls * (hand - best[1])
+        return saved
+
+    def _known(self, kernel: Kernel) -> list[Decisions]:
+        """Return what was best for a kernel with other threads, and for the same at other lengths.
+
+        Nothing is taken over unmeasured: these are the first candidates of its search.
+        """
+        found = [record.decisions for record in self._elsewhere if record.key == kernel.key]
+        for other in self.kernels:
+            best = other.search.best
+            if best is not None and _but_lengths(other.kernel) == _but_lengths(kernel):
+                found.append(best[0])
+        return [decisions for decisions in found if kernel.space.holds(decisions)]
 
     def _record(self, progress: Progress, decisions: Decisions, result: Result) -> Record:
         return Record.make(
@@ -215,8 +262,8 @@ class Session:
     def _confirm(self, progress: Progress) -> None:
         space, hand = progress.kernel.space, progress.kernel.space.hand
         ratio, chosen, hand_s = 1.0, hand, progress.search.hand_seconds
-        for decisions, _ in progress.search.ranked(FINALISTS):
-            if decisions == hand:
+        for decisions, seconds in progress.search.ranked(FINALISTS):
+            if decisions == hand or (hand_s and seconds > FINALIST_RATIO * hand_s):
                 continue
             try:
                 found = self._pool.paired(progress.kernel.task, hand, decisions)
@@ -237,6 +284,23 @@ class Session:
         self._run["trials"] += sum(record.hand_seconds is None for record in records)
         self._run["seconds"] = round(time.perf_counter() - self._started, 1)
         append(self._directory, self._target, records, dict(self._run))
+
+
+def time_to(share: float, curve: Sequence[tuple[float, int, float]]) -> tuple[float, int] | None:
+    """Return the seconds and trials after which a share of the final gain was found, if any was."""
+    if not curve or curve[-1][2] <= 0:
+        return None
+    return next((s, n) for s, n, saved in curve if saved >= share * curve[-1][2])
+
+
+_LENGTHS = ("lead", "batch", "seq_len", "q_len", "k_len")
+
+
+def _but_lengths(kernel: Kernel) -> tuple[Any, ...]:
+    """Return what a kernel has in common with itself at another batch and length."""
+    op, spec_text = kernel.key
+    spec = json.loads(spec_text)
+    return (op, *sorted((k, str(v)) for k, v in spec.items() if k not in _LENGTHS))
 
 
 def _device() -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from .trial import (
 
 # Time spent on timing one candidate, and on a pair of them.
 BUDGET_S = 0.1
-PAIRED_BUDGET_S = 2.0
+PAIRED_BUDGET_S = 1.0
 PAIRED_ROUNDS = 21
 # A server that dies takes its trial along; a second one gets the trial. No more: it may be the
 # candidate that kills them.

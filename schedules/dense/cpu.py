@@ -82,8 +82,9 @@ def _halves(rows: int, tile_m: int, panels: int) -> tuple[int, int] | None:
 
     Two threads then have rows of their own, one dense kernel after the other, and what one wrote
     is in its own L2 when the next is called; of panels they would share all rows (T = 60, two
-    threads: the whole model 1.1 to 2.3% faster; one thread: no difference). It takes as many tiles in each
-    half as hide the fetching of a panel, or a kernel of a single panel, which nothing else splits.
+    threads: the whole model 1.1 to 2.3% faster; one thread: no difference). It takes as many tiles
+    in each half as hide the fetching of a panel, or a kernel of a single panel, which nothing else
+    splits.
     """
     if rows > 2 * BLOCK_M:
         return None  # many blocks

@@ -101,9 +101,12 @@ def test_a_compile_uses_what_was_tuned(resumed, tmp_path, capsys, monkeypatch) -
     out = capsys.readouterr().out
     confirmed = {r.key for r in read_log(directory).records if r.hand_seconds is not None}
     assert out.count(": hit\n") + out.count("hit (nothing beat") == 2 * len(confirmed)
+    nothing_to_decide = out.count("there is nothing to decide") // 2
     manifest = read_manifest(tmp_path / "a.so")
     sources = [kernel["schedule"] for kernel in manifest["kernels"]]
     assert sources.count("tuned") == out.count(": hit\n") // 2
+    sized = out.count("  kernel ") // 2
+    assert out.count(f"  tuning records: {len(confirmed) + nothing_to_decide} hits of {sized}") == 2
     assert len(manifest["tuning"]["log"]) == 64
     assert manifest["tuning"]["threads"] == 1
     assert (tmp_path / "a.so").read_bytes() == (tmp_path / "b.so").read_bytes()

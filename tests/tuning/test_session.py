@@ -8,7 +8,7 @@ from mega_tvm.errors import TuningError
 from mega_tvm.tuning import session as session_module
 from mega_tvm.tuning.log import append, best_confirmed, read_log
 from mega_tvm.tuning.record import TargetKey
-from mega_tvm.tuning.session import Session
+from mega_tvm.tuning.session import Session, time_to
 from mega_tvm.tuning.workers import PairedResult, Pool, Result, WorkerError
 from tests.tuning.builders import (
     dense_kernel,
@@ -86,6 +86,49 @@ def test_the_hand_schedule_stays_where_nothing_surely_beats_it(
         best = best_confirmed(r for r in read_log(tmp_path).records if r.key == kernel.key)
         assert best.decisions == kernel.space.hand
         assert best.gain == 1
+
+
+def test_what_was_slower_in_the_search_is_no_finalist(kernels, tmp_path) -> None:
+    hand = kernels[1].space.hand
+    pool = FakePool(lambda _, d: Result(1e-5 if d == hand else 2e-5))
+    session(kernels[1:], tmp_path, pool).run(4)
+    assert pool.pairs == []
+    assert best_confirmed(read_log(tmp_path).records).decisions == hand
+
+
+def test_the_curve_tells_when_the_gain_was_found(kernels, tmp_path) -> None:
+    tuning = session(kernels, tmp_path, FakePool(quick_tiles))
+    tuning.run(40)
+    seconds, trials, saved = zip(*tuning.curve, strict=True)
+    assert list(seconds) == sorted(seconds)
+    assert list(saved) == sorted(saved)
+    assert trials[-1] == 40
+    expected = sum(p.search.hand_seconds - p.search.best[1] for p in tuning.kernels)
+    assert saved[-1] == pytest.approx(1e6 * expected, abs=0.1)
+    assert read_log(tmp_path).runs[0]["curve"] == [list(point) for point in tuning.curve]
+
+
+def test_time_to_a_share_of_the_gain() -> None:
+    curve = [(1.0, 8, 0.0), (2.0, 24, 96.0), (9.0, 40, 100.0)]
+    assert time_to(0.95, curve) == (2.0, 24)
+    assert time_to(1.0, curve) == (9.0, 40)
+    assert time_to(0.95, [(1.0, 8, 0.0)]) is None
+    assert time_to(0.95, []) is None
+
+
+def test_what_was_best_at_another_length_is_tried_first(tmp_path) -> None:
+    kernels = [dense_kernel(256, "one"), dense_kernel(257, "other")]
+    pool = FakePool(lambda _, d: Result(1e-5 if d["tile_m"] == 3 else 2e-5))
+    session(kernels[:1], tmp_path, pool).run(100)
+    tuning = session(kernels, tmp_path, pool)
+    pool.measured.clear()
+    tuning.run(102)
+    assert pool.measured[0] == ("other", *sorted(kernels[1].space.hand.items()))
+    assert dict(pool.measured[1][1:])["tile_m"] == 3
+
+    pool = FakePool(quick_tiles)  # and with other threads
+    Session(kernels[:1], native(2), 2, tmp_path, 0, pool).run(2)
+    assert dict(pool.measured[1][1:])["tile_m"] == 3
 
 
 def test_an_interrupted_tuning_goes_on_where_it_was(kernels, tmp_path) -> None:
