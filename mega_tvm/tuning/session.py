@@ -36,14 +36,14 @@ from .versions import made_by
 from .workers import Pool, Result, WorkerError
 
 BATCH = 16
-FIRST_BATCH = 8
+FIRST_BATCH = 6
 # Candidates of a kernel that are measured against the hand schedule.
 FINALISTS = 3
 # A candidate must be faster in the median by more than what two runs of one differ by, and in three
 # rounds of four.
 LEAST_GAIN = 1.01
-# What the search measured as slower than the hand schedule by more than that is no finalist.
-FINALIST_RATIO = 1.02
+# A kernel that no candidate has improved yet waits longer for its next batch.
+NO_GAIN_YET = 0.25
 # Candidates in a row that found no device: there is none.
 LOST_IN_A_ROW = 2 * BATCH
 
@@ -77,7 +77,9 @@ class Progress:
         best = self.search.best
         if best is None:
             return float("inf") if self.batches == 0 else 0.0
-        return self.kernel.calls * best[1] / (1 + self.batches) ** 2
+        hand = self.search.hand_seconds
+        promise = 1.0 if hand is None or hand > LEAST_GAIN * best[1] else NO_GAIN_YET
+        return promise * self.kernel.calls * best[1] / (1 + self.batches) ** 2
 
 
 Report = Callable[[Sequence[Progress], Progress], None]
@@ -261,10 +263,11 @@ class Session:
 
     def _confirm(self, progress: Progress) -> None:
         space, hand = progress.kernel.space, progress.kernel.space.hand
-        ratio, chosen, hand_s = 1.0, hand, progress.search.hand_seconds
+        searched_s = progress.search.hand_seconds
+        ratio, chosen, hand_s = 1.0, hand, searched_s
         for decisions, seconds in progress.search.ranked(FINALISTS):
-            if decisions == hand or (hand_s and seconds > FINALIST_RATIO * hand_s):
-                continue
+            if decisions == hand or (searched_s and seconds >= searched_s):
+                continue  # the search saw nothing in it
             try:
                 found = self._pool.paired(progress.kernel.task, hand, decisions)
             except WorkerError:  # it ran before; the hand schedule stays
