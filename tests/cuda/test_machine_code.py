@@ -159,4 +159,9 @@ def test_inspect_kernels(tmp_path, capsys) -> None:
     assert all(kernel["local_memory_instructions"] == 0 for kernel in report["kernels"])
     assert inspect_main([str(path), "--kernels"]) == 0
     assert "occupancy" in capsys.readouterr().out
+    assert inspect_main([str(path), "--estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {k["name"] for k in found["kernels"]} == {k["name"] for k in manifest["kernels"]}
+    assert all(us > 0 for kernel in found["kernels"] for us in kernel["us"])
+    assert all(a100 > h100 for a100, h100 in found["total_us"].values())
     assert inspect_main([str(path)]) == 0
