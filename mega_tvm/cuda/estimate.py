@@ -25,6 +25,7 @@ from mega_tvm.errors import MegaError
 from schedules.common.attention import AttentionSpec
 from schedules.common.cuda_attention import BLOCK_Q, COLUMNS, estimated_cycles
 from schedules.common.cuda_scan import AHEAD, LAUNCH_CYCLES, ROUND_CYCLES
+from schedules.common.cuda_threads import MULTIPROCESSORS
 from schedules.common.dims import ceil_div
 from schedules.dense import cuda as dense_cuda
 from schedules.dense.cuda_rows import MAX_ROWS, THREADS
@@ -141,9 +142,7 @@ def _dense_cycles(spec: DenseSpec, rows: int) -> float:
 def _scan_dense_cycles(spec: EmaScanDenseSpec) -> float:
     columns = spec.batch * ceil_div(spec.n, scan_dense_cuda.COLUMNS)
     fit = [
-        r
-        for r in scan_dense_cuda.ROWS
-        if columns * ceil_div(spec.seq_len, r) >= scan_dense_cuda.MULTIPROCESSORS
+        r for r in scan_dense_cuda.ROWS if columns * ceil_div(spec.seq_len, r) >= MULTIPROCESSORS
     ]
     rows = max(fit, default=scan_dense_cuda.ROWS[0])
     whole = scan_dense_cuda.estimated_cycles(spec, rows, False)
@@ -151,7 +150,7 @@ def _scan_dense_cycles(spec: EmaScanDenseSpec) -> float:
     before = whole if whole <= segmented else segmented - LAUNCH_CYCLES
     chain = 30 * (scan_dense_cuda.THREADS // spec.channels)
     waves = ceil_div(
-        columns * ceil_div(spec.seq_len, rows), 8 * scan_dense_cuda.MULTIPROCESSORS
+        columns * ceil_div(spec.seq_len, rows), 8 * MULTIPROCESSORS
     )  # 8 blocks of a multiprocessor at the same time
     return waves * (before + chain + rows / AHEAD * ROUND_CYCLES + 10 * spec.channels)
 
