@@ -158,6 +158,12 @@ def _inspect_kernels(path: Path) -> Report:
     return inspect_kernels(path)
 
 
+def _estimate(path: Path) -> Report:
+    from .cuda.estimate import estimate  # needs the compile extra
+
+    return estimate(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -176,12 +182,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of a library for GPUs: registers, shared memory, spills, occupancy and instructions "
         "of each kernel, for each arch",
     )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="of a library for GPUs: the time that each kernel should take on an A100 and an H100",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)
+    if arguments.kernels and arguments.estimate:
+        parser.error("--kernels and --estimate are two reports: give one")
     try:
-        report = (
-            _inspect_kernels(arguments.file) if arguments.kernels else inspect_file(arguments.file)
-        )
+        if arguments.kernels:
+            report = _inspect_kernels(arguments.file)
+        elif arguments.estimate:
+            report = _estimate(arguments.file)
+        else:
+            report = inspect_file(arguments.file)
         if arguments.json:
             print(json.dumps(report.to_dict(), indent=2))
         else:

@@ -122,22 +122,34 @@ def tiled_attention(
 
     vec_q, vec_k = vector(spec.q_stride, q_off, W), vector(spec.k_stride, k_off, W)
     vec_v = vector(spec.v_stride, v_off, V)
+    vec_out = vector(spec.gate_stride if has_gate else 0, g_off if has_gate else 0, V)
+    whole_width, whole_columns = W % STEP_D == 0, V % BV == 0
+
+    def existing(row, limit: int, count: int):
+        # A row that does not exist weighs 0 as a key and is not stored as a query: a copy of the
+        # last one does, and costs no branch.
+        return T.min(row, limit - 1) if limit % count else row
 
     @T.inline
     def fetch_transposed(source, to, b, first, rows, off, limit, d, tid, count, vec):
-        # to[i * (count + PAD) + r] = source[b, first + r, off + d + i]; zero beyond the width and
-        # the last row
+        # to[i * (count + PAD) + r] = source[b, first + r, off + d + i]; zero beyond the width
         for i in T.unroll(ceil_div(count * STEP_D // vec, THREADS)):
             r = T.meta_var((i * THREADS + tid) // (STEP_D // vec))
             col = T.meta_var((i * THREADS + tid) % (STEP_D // vec) * vec)
             if i * THREADS + tid < count * STEP_D // vec:
                 piece = T.alloc_buffer((vec,), "float32", scope="local")
-                if T.And(first + r < limit, d + col < W):
+                if whole_width:
                     for v in T.vectorized(vec):
-                        piece[v] = source[b, first + r, off + d + col + v]
+                        piece[v] = source[b, existing(first + r, limit, count), off + d + col + v]
                 else:
-                    for v in T.vectorized(vec):
-                        piece[v] = T.float32(0)
+                    if d + col < W:
+                        for v in T.vectorized(vec):
+                            piece[v] = source[
+                                b, existing(first + r, limit, count), off + d + col + v
+                            ]
+                    else:
+                        for v in T.vectorized(vec):
+                            piece[v] = T.float32(0)
                 for v in T.unroll(vec):
                     to[(col + v) * (count + PAD) + r] = piece[v]
 
@@ -204,14 +216,17 @@ def tiled_attention(
             for i in T.unroll(STEP_KEYS * BV // vec_v // THREADS):
                 r = T.meta_var((i * THREADS + tid) // (BV // vec_v))
                 col = T.meta_var((i * THREADS + tid) % (BV // vec_v) * vec_v)
-                if T.And(first_k + step * STEP_KEYS + r < K, first_v + col < V):
+                key = T.meta_var(existing(first_k + step * STEP_KEYS + r, K, STEP_KEYS))
+                if whole_columns:
                     for u in T.vectorized(vec_v):
-                        vs[r, col + u] = v[
-                            b, first_k + step * STEP_KEYS + r, v_off + first_v + col + u
-                        ]
+                        vs[r, col + u] = v[b, key, v_off + first_v + col + u]
                 else:
-                    for u in T.vectorized(vec_v):
-                        vs[r, col + u] = T.float32(0)
+                    if first_v + col < V:
+                        for u in T.vectorized(vec_v):
+                            vs[r, col + u] = v[b, key, v_off + first_v + col + u]
+                    else:
+                        for u in T.vectorized(vec_v):
+                            vs[r, col + u] = T.float32(0)
             for key in T.unroll(STEP_KEYS):
                 a = T.alloc_buffer((TM,), "float32", scope="local")
                 for i in T.vectorized(TM):
@@ -226,23 +241,33 @@ def tiled_attention(
                                 acc[(i * groups + g) * 4 + u] + a[i] * c[u]
                             )
 
+    def gated(gate, acc, total, b, row, col):
+        y = acc / (total + T.float32(ATTENTION_EPS))
+        return gate[b, row, g_off + col] * y if has_gate else y
+
     @T.inline
     def store(gate, out, acc, total, b, first_q, first_v, tid):
         for i in T.unroll(TM):
             row = T.meta_var(first_q + tid // ACROSS * TM + i)
             if row < Q:
                 for g in T.unroll(groups):
-                    for u in T.unroll(4):
-                        col = T.meta_var(first_v + g * ACROSS * 4 + tid % ACROSS * 4 + u)
-                        if col < V:
-                            y = T.meta_var(
-                                acc[(i * groups + g) * 4 + u]
-                                / (total[i] + T.float32(ATTENTION_EPS))
-                            )
-                            if has_gate:
-                                out[b, row, col] = gate[b, row, g_off + col] * y
-                            else:
-                                out[b, row, col] = y
+                    for piece in T.unroll(4 // vec_out):
+                        at = T.meta_var(g * 4 + piece * vec_out)
+                        col = T.meta_var(
+                            first_v + g * ACROSS * 4 + tid % ACROSS * 4 + piece * vec_out
+                        )
+                        if whole_columns:
+                            for u in T.vectorized(vec_out):
+                                out[b, row, col + u] = gated(
+                                    gate, acc[i * groups * 4 + at + u], total[i], b, row, col + u
+                                )
+                        else:
+                            if col < V:
+                                for u in T.vectorized(vec_out):
+                                    out[b, row, col + u] = gated(
+                                        gate, acc[i * groups * 4 + at + u], total[i], b, row,
+                                        col + u,
+                                    )  # fmt: skip
 
     @T.inline
     def body(q, k, v, gate, out):

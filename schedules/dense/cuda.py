@@ -32,6 +32,7 @@ from ..common.cuda_threads import (
 )
 from ..common.dims import ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
+from ..normed_dense.naive import NormedDenseSpec
 from .cuda_rows import MAX_ROWS, few_rows_dense, rows_layout
 from .cuda_tiles import STEP_K, THREAD_N, Tile, tile_layout, tiled_dense
 from .naive import DenseSpec
@@ -95,14 +96,20 @@ def tiles() -> list[Tile]:
 def estimated_cycles(spec: DenseSpec, tile: Tile) -> float:
     """Return the estimated time of a multiprocessor for its share of the blocks.
 
-    A k step of a warp issues ``4 thread_m`` FFMA and 2 or 3 loads from shared memory. The blocks of
-    a multiprocessor share its schedulers and its way to L2, where a block fetches a column of ``x``
-    and a row of weights; one block alone, however few its warps, also waits from barrier to
-    barrier. Of tiles that come out equal the largest is taken.
+    A k step of a warp issues ``4 thread_m`` FFMA, 2 or 3 loads from shared memory, and its part of
+    the copies: a 16-byte piece of ``x`` is a load and 4 stores (and 8 instructions where it is
+    normalized), one of weights a load and a store, so that flat tiles copy much and multiply
+    little. The blocks of a multiprocessor share its schedulers and its way to L2, where a block
+    fetches a column of ``x`` and a row of weights; one block alone, however few its warps, also
+    waits from barrier to barrier. Of tiles that come out equal the largest is taken.
     """
     blocks = ceil_div(known_rows(spec.lead), tile.block_m) * ceil_div(spec.n, tile.block_n)
     warps = tile.threads // WARP
     issue = THREAD_N * tile.thread_m * FFMA_CYCLES + 1 + ceil_div(tile.thread_m, 4)
+    piece = 13 if isinstance(spec, NormedDenseSpec) else 5
+    copies = piece * ceil_div(tile.block_m * STEP_K // 4, tile.threads)
+    copies += 2 * ceil_div(tile.block_n * STEP_K // 4, tile.threads)
+    issue += copies / STEP_K
     busy = ceil_div(blocks, MULTIPROCESSORS) * warps / SCHEDULERS * issue
     alone = ceil_div(warps, SCHEDULERS) * issue + BARRIER_CYCLES / STEP_K
     traffic = ceil_div(blocks, MULTIPROCESSORS) * 4 * (tile.block_m + tile.block_n) / L2_BYTES

@@ -62,21 +62,31 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
     loads_x, loads_w = ceil_div(pieces_x, threads), ceil_div(pieces_w, threads)
     piece = 4 if wide else 1
     out_cols = THREAD_N // 2 if swiglu else THREAD_N  # of a thread
+    whole_k = padded_k == K
     whole = out_n % out_cols == 0  # a thread's columns all exist, or none does
     has_residual = spec.residual
 
+    def existing(row):
+        return T.min(row, M - 1) if M % BM else row
+
     @T.inline
     def fetch(x, w, x_next, w_next, m, panel, k, tid):
-        # the tile at k, from global memory into registers
+        # the tile at k, from global memory into registers. Rows that the matrix has not are copies
+        # of its last one, which nobody stores: cheaper than a branch
         for i in T.unroll(loads_x):
             row = T.meta_var((i * threads + tid) // (BK // piece))
             col = T.meta_var(k + (i * threads + tid) % (BK // piece) * piece)
-            if T.And(T.And(i * threads + tid < pieces_x, m + row < M), col < K):
-                for v in T.vectorized(piece):
-                    x_next[i * piece + v] = x[m + row, col + v]
-            else:
-                for v in T.vectorized(piece):
-                    x_next[i * piece + v] = T.float32(0)
+            if i * threads + tid < pieces_x:
+                if whole_k:
+                    for v in T.vectorized(piece):
+                        x_next[i * piece + v] = x[existing(m + row), col + v]
+                else:
+                    if col < K:
+                        for v in T.vectorized(piece):
+                            x_next[i * piece + v] = x[existing(m + row), col + v]
+                    else:
+                        for v in T.vectorized(piece):
+                            x_next[i * piece + v] = T.float32(0)
         for i in T.unroll(loads_w):
             if i * threads + tid < pieces_w:
                 for v in T.vectorized(4):
@@ -122,29 +132,26 @@ def tiled_dense(spec: DenseSpec, tile: Tile) -> tirx.PrimFunc:
         up = acc[i * THREAD_N + THREAD_N // 2 + j] if swiglu else None
         return finish(spec, acc[i * THREAD_N + j], up, col)
 
+    def total(done, residual, row, col):
+        return residual[row, col] + done if has_residual else done
+
     @T.inline
     def store(acc, residual, y, m, col):
-        # the thread's outputs, from row m and column col on
+        # the thread's outputs, from row m and column col on; complete before the store, which
+        # then is one, whatever the epilogue
+        done = T.alloc_buffer((out_cols,), "float32", scope="local")
         for i in T.unroll(TM):
             if m + i < M:
+                for j in T.unroll(out_cols):
+                    done[j] = value(acc, i, j, col + j)
                 if whole:
                     if col < out_n:
                         for j in T.vectorized(out_cols):
-                            if has_residual:
-                                y[m + i, col + j] = residual[m + i, col + j] + value(
-                                    acc, i, j, col + j
-                                )
-                            else:
-                                y[m + i, col + j] = value(acc, i, j, col + j)
+                            y[m + i, col + j] = total(done[j], residual, m + i, col + j)
                 else:
                     for j in T.unroll(out_cols):
                         if col + j < out_n:
-                            if has_residual:
-                                y[m + i, col + j] = residual[m + i, col + j] + value(
-                                    acc, i, j, col + j
-                                )
-                            else:
-                                y[m + i, col + j] = value(acc, i, j, col + j)
+                            y[m + i, col + j] = total(done[j], residual, m + i, col + j)
 
     @T.inline
     def body(x, w, b, residual, y):

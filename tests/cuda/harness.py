@@ -13,7 +13,10 @@ from tvm import tirx
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.tolerances import assert_parity
 from schedules.common.kernel import ScheduledKernel
+from schedules.ema_scan.naive import EmaScanSpec
+from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
 from tests.cuda.emulator import activate
+from tests.schedules.cases import Case, ema_case
 from tests.schedules.harness import scheduled as scheduled_for
 
 TARGET = resolve_cuda("cuda").tvm_target()
@@ -24,6 +27,20 @@ ORDERS = (0, 1, 2)
 def scheduled(func: tirx.PrimFunc, **decisions: int) -> ScheduledKernel:
     """Schedule a naive kernel; ``decisions`` replace the defaults."""
     return scheduled_for(func, TARGET, **decisions)
+
+
+def scan_dense_case(
+    rng: np.random.Generator, batch: int, length: int, channels: int, n: int, residual: bool
+) -> Case:
+    """Return a case of `ema_scan_dense`."""
+    scan = ema_case(rng, EmaScanSpec(batch, length, channels))
+    w, b = (rng.standard_normal(s, dtype=np.float32) for s in ((channels, n), n))
+    expected, more = scan.expected @ w + b, ()
+    if residual:
+        more = (rng.standard_normal(expected.shape, dtype=np.float32),)
+        expected = expected + more[0]
+    func = ema_scan_dense(EmaScanDenseSpec(batch, length, channels, n, residual))
+    return Case(func, (*scan.inputs, w, b, *more), expected)
 
 
 def unchanged(source: str) -> str:
@@ -53,7 +70,8 @@ class Kernel:
         self.pack = kernel.pack
         module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
         with compiled_for_emulator(mutate):
-            self.main = tvm.compile(module, TARGET)["main"]
+            self.compiled = tvm.compile(module, TARGET)
+        self.main = self.compiled["main"]
 
     def __call__(self, inputs: Sequence[np.ndarray], shape: Sequence[int], order: int = 0):
         """Run on unpacked inputs; return the output, which starts as NaN, and the reports."""

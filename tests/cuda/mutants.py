@@ -10,21 +10,25 @@ import numpy as np
 from mega_tvm.tolerances import compare
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
-from tests.cuda.harness import Kernel, scheduled
+from tests.cuda.harness import Kernel, scan_dense_case, scheduled
 from tests.schedules.cases import Case, attention_case, attention_spec, dense_case, ema_case
 
 Mutation = Callable[[str], str]
 
 
-def case_of(kernel: str) -> Case:
+def case_of(kernel: str) -> tuple[Case, dict[str, int]]:
+    """Return a case, and the decisions that replace defaults."""
     rng = np.random.default_rng(0)
-    return {
+    found = {
         "tiles": lambda: dense_case(rng, DenseSpec((59,), 40, 33, residual=True)),
         "few_rows": lambda: dense_case(rng, DenseSpec((3,), 40, 33)),
         "scan": lambda: ema_case(rng, EmaScanSpec(1, 59, 16)),
+        "long_scan": lambda: (ema_case(rng, EmaScanSpec(1, 150, 16)), {"segment": 64}),
+        "scan_dense": lambda: (scan_dense_case(rng, 1, 59, 16, 40, True), {"segmented": 1}),
         "attention": lambda: attention_case(rng, attention_spec(False, 1, 70, 70, 40)),
         "row": lambda: attention_case(rng, attention_spec(False, 1, 1, 300, 40)),
     }[kernel]()
+    return found if isinstance(found, tuple) else (found, {})
 
 
 def without_barrier(number: int) -> Mutation:
@@ -54,8 +58,8 @@ def replaced(pattern: str, by: str, number: int = 0) -> Mutation:
 
 def caught(kernel: str, mutation: Mutation) -> str | None:
     """Return how a mutant shows: by a report, or by its result; None if it does not."""
-    case = case_of(kernel)
-    mutant = Kernel(scheduled(case.func), mutation)
+    case, decisions = case_of(kernel)
+    mutant = Kernel(scheduled(case.func, **decisions), mutation)
     out, reports = mutant(case.inputs, case.expected.shape)
     if reports:
         return reports[0]

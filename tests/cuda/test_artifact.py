@@ -147,3 +147,53 @@ def test_a_gpu_that_does_not_fit() -> None:
             mega_tvm.load(path)
         finally:
             del os.environ["EMULATED_ARCH"]
+
+
+@in_emulator
+def test_out_takes_the_result() -> None:
+    import numpy as np
+    import pytest
+    import tvm
+
+    import mega_tvm
+    from mega_tvm.errors import InputError
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd")
+    model = mega_tvm.load(path)
+    expected = model(golden.x)
+    out = np.full_like(expected, np.nan)
+    assert model(golden.x, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    with pytest.raises(InputError, match="shape"):
+        model(golden.x, out=out[:1])
+    with pytest.raises(InputError, match="float64"):
+        model(golden.x, out=out.astype(np.float64))
+    on_device = tvm.runtime.tensor(golden.x, tvm.cuda(0))
+    with pytest.raises(InputError, match="out and check_finite are for an x on the CPU"):
+        model(on_device, out=out)
+    with pytest.raises(InputError, match="out and check_finite are for an x on the CPU"):
+        model(on_device, check_finite=True)
+    bad = golden.x.copy()
+    bad[0, 0, 0] = np.inf
+    with pytest.raises(InputError, match="inf"):
+        model(bad, check_finite=True)
+
+
+@in_emulator
+def test_windows_run_and_streams_are_refused() -> None:
+    import numpy as np
+    import pytest
+
+    import mega_tvm
+    from mega_tvm.errors import StreamUnsupportedError
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd")
+    model = mega_tvm.load(path)
+    window = model.window(len(golden.x))
+    window.fill(golden.x)
+    y = window.push(golden.x[:, 0])
+    np.testing.assert_array_equal(y, model(np.roll(golden.x, -1, axis=1)))
+    with pytest.raises(StreamUnsupportedError, match="streams run on CPUs"):
+        model.stream()

@@ -53,18 +53,28 @@ def test_normed_dense(name: str) -> None:
 @pytest.mark.parametrize("name", SCANS)
 @in_emulator
 def test_ema_scan_dense(name: str) -> None:
-    from schedules.ema_scan.naive import EmaScanSpec
-    from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
-    from tests.cuda.harness import check
-    from tests.schedules.cases import Case, ema_case
+    from tests.cuda.harness import check, scan_dense_case
 
-    spec = EmaScanDenseSpec(*SCANS[name])
-    rng = np.random.default_rng(0)
-    scan = ema_case(rng, EmaScanSpec(spec.batch, spec.seq_len, spec.channels))
-    w, b = (rng.standard_normal(s, dtype=np.float32) for s in ((spec.channels, spec.n), spec.n))
-    expected = scan.expected @ w + b
-    inputs = (*scan.inputs, w, b)
-    if spec.residual:
-        residual = rng.standard_normal(expected.shape, dtype=np.float32)
-        inputs, expected = (*inputs, residual), expected + residual
-    check(Case(ema_scan_dense(spec), inputs, expected), name)
+    check(scan_dense_case(np.random.default_rng(0), *SCANS[name]), name)
+
+
+@pytest.mark.parametrize("length", [1, 7, 59, 257, 1000])
+@in_emulator
+def test_ema_scan_dense_in_segments(length: int) -> None:
+    """As long sequences are scanned, by two launches."""
+    from tests.cuda.harness import check, scan_dense_case
+
+    for channels, rows in ((16, 8), (3, 32)):
+        case = scan_dense_case(np.random.default_rng(0), 2, length, channels, 36, True)
+        check(case, f"D{channels}", orders=(0, 2), rows=rows, segmented=1)
+
+
+@in_emulator
+def test_long_sequences_are_scanned_in_segments() -> None:
+    from mega_tvm.cuda.lowering import launch_threads
+    from tests.cuda.harness import Kernel, scan_dense_case, scheduled
+
+    for length, launches in ((60, 1), (4096, 2)):
+        case = scan_dense_case(np.random.default_rng(0), 1, length, 16, 8, False)
+        kernel = Kernel(scheduled(case.func))
+        assert len(launch_threads(kernel.compiled)) == launches

@@ -53,6 +53,19 @@ def test_ema_scan(name: str) -> None:
     check(ema_case(np.random.default_rng(0), EmaScanSpec(*SCANS[name])), name)
 
 
+@pytest.mark.parametrize("length", [1, 7, 59, 257, 1000])
+@in_emulator
+def test_ema_scan_in_segments(length: int) -> None:
+    """As long sequences are scanned: by two launches, the first of which finds segments' ends."""
+    from schedules.ema_scan.naive import EmaScanSpec
+    from tests.cuda.harness import check
+    from tests.schedules.cases import ema_case
+
+    for channels in (3, 33):
+        case = ema_case(np.random.default_rng(0), EmaScanSpec(2, length, channels))
+        check(case, f"D{channels}", orders=(0, 2), segment=64, threads=128)
+
+
 @pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 @pytest.mark.parametrize("name", ATTENTIONS)
 @in_emulator
