@@ -167,9 +167,9 @@ class Model:
         if array.dtype is not _FLOAT32 or check_finite:  # the same object nearly always
             check_values(array, check_finite)
         target = None if out is None else as_output(out, runner.entry.output_shape)
-        self._library.use_threads(self._num_threads)
+        stand_in = self._library.use_threads(self._num_threads)
         try:
-            result = runner(array, target)
+            result = runner(array, target) if stand_in is None else stand_in(runner, array, target)
         except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
@@ -262,8 +262,9 @@ class Model:
         tvm_ffi.Tensor
             Memory of the machine's pool.
         """
-        self._library.use_threads(self._num_threads)
-        return function(as_argument(x), *self._machine_tensors())
+        arguments = (as_argument(x), *self._machine_tensors())
+        stand_in = self._library.use_threads(self._num_threads)
+        return function(*arguments) if stand_in is None else stand_in(function, *arguments)
 
     def _machine_tensors(self) -> tuple[tvm_ffi.Array, ...]:
         """Return what a machine's function takes behind its input: nothing if there are none."""

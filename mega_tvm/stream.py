@@ -386,8 +386,9 @@ class Stream:
 
     def _call(self, arguments: tuple[tvm_ffi.Tensor, ...]) -> None:
         model = self._model
-        model._library.use_threads(model.num_threads)
-        if self._run(*arguments) != 0:
+        stand_in = model._library.use_threads(model.num_threads)
+        run = self._run
+        if (run(*arguments) if stand_in is None else stand_in(run, *arguments)) != 0:
             raise MegaError(f"a kernel of {self._entry.name} failed: out of memory")
 
     def _checked(self, x: Any, shape: tuple[int | None, ...], check_finite: bool) -> Array:

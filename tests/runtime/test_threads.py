@@ -132,29 +132,68 @@ run(two)
 
 @two_cpus
 def test_a_fork_of_a_thread_with_workers(artifact, run_python):
+    """The child's calls work, on as many threads; its child's too."""
     script = """
 import atexit, logging
 logging.shutdown = lambda: print("logged")
+def several_threads_work():
+    new = tasks()
+    run(two)
+    new = sorted(tasks() - new)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and sum(ticks(t) >= 5 for t in new) < 2:
+        run(two)
+    return sum(ticks(t) >= 5 for t in new)  # the stand-in and its worker
+def grandchild():
+    run(two)
+    os._exit(4)
 def child():
     os.dup2(1, 2)
     atexit.register(print, "other handler")
     run(one)
-    try:
-        run(two)
-    except mega_tvm.runtime_library.MegaError as error:
-        print("forked" in str(error))
+    print(several_threads_work())
+    run(one); run(two)
     thread = threading.Thread(target=run, args=(two,))
     thread.start(); thread.join()
-    print("ran", flush=True)
+    print(fork(grandchild), flush=True)
+def refused():
+    try:
+        two(np.ones((7, 7), np.float32))
+    except mega_tvm.errors.InputError:
+        os._exit(5)
 run(two)
 time.sleep(0.1)
+print(fork(refused), flush=True)
 print(fork(child))
 run(two)
 """
     lines = run_python(COUNT + FORK + script, artifact).splitlines()
-    assert lines[:4] == ["True", "ran", "other handler", "logged"]
-    assert "status 1 in place of a hang" in lines[4] and "os._exit" in lines[4]
-    assert lines[5:] == ["1"]
+    assert lines[:5] == ["5", "2", "4", "other handler", "logged"]
+    assert "status 1 in place of a hang" in lines[5] and "os._exit" in lines[5]
+    assert lines[6:] == ["1"]
+
+
+@two_cpus
+def test_a_mega_and_its_stream_after_a_fork(many_shapes, run_python):
+    script = """
+import os
+from mega_tvm.inputs import aligned_empty
+model = mega_tvm.load(sys.argv[1], num_threads=2)
+x = np.random.default_rng(0).standard_normal((3, 59, 13), dtype=np.float32)
+def outputs():
+    stream = model.stream(3)
+    found = [model(x[:1]), model(x), stream.prefill(x[:, :58]), stream.step(x[:, 58])]
+    machine, one = model.new_machine(), aligned_empty(model.entries[0].input_shape)
+    one[...] = x[0, 0]
+    found.append(model.fetch(model.invoke(machine[model.entries[0].name], one)))
+    return b"".join(y.tobytes() for y in found)
+expected = outputs()
+child = os.fork()
+if child == 0:
+    os._exit(3 if outputs() == expected else 4)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), outputs() == expected)
+"""
+    assert run_python(script, many_shapes) == "3 True\n"
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -269,9 +308,9 @@ stop.append(1); thread.join()
     assert run_python(COUNT + script, artifact, env=env) == "True\n"
 
 
-def test_many_threads_and_mixed_shapes_equal_serial_runs(many_shapes):
+def test_many_threads_and_mixed_shapes_equal_serial_runs(mmany_shapess):
     """16 threads x 1,000 calls of a Mega, to the bit."""
-    model = load(many_shapes)
+    model = load(mmany_shapess)
     rng = np.random.default_rng(0)
     inputs = [
         rng.standard_normal(entry.input_shape, dtype=np.float32)
