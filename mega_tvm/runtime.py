@@ -171,9 +171,7 @@ class Model:
         try:
             result = runner(array, target) if stand_in is None else stand_in(runner, array, target)
         except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
-            raise DamagedArtifactError(
-                f"{self._path}: the library does not take what its manifest says: {error}"
-            ) from error
+            raise self.mismatch(error) from error
         except MemoryError as error:
             raise MegaError(
                 f"an input of shape {list(array.shape)} needs {runner.entry.workspace:,} bytes of "
@@ -279,6 +277,12 @@ class Model:
             return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:
             raise self._missing(name) from error
+
+    def mismatch(self, error: Exception) -> DamagedArtifactError:
+        """Return the error for arguments that the library refuses."""
+        return DamagedArtifactError(
+            f"{self._path}: the library does not take what its manifest says: {error}"
+        )
 
     def _missing(self, name: str) -> DamagedArtifactError:
         return DamagedArtifactError(

@@ -111,10 +111,10 @@ class RuntimeLibrary:
 
     def _stand_in(self, count: int) -> StandIn:
         """Return what runs a function in a thread whose pool this process started."""
-        pid, executor = getattr(self._local, "stand_in", (None, None))
-        if pid != os.getpid():  # also that of a parent is gone
-            executor = concurrent.futures.ThreadPoolExecutor(1, "mega_tvm-stand-in")
-            self._local.stand_in = os.getpid(), executor
+        if getattr(self._local, "stand_in_of", None) != os.getpid():  # a parent's is gone too
+            self._local.executor = concurrent.futures.ThreadPoolExecutor(1, "mega_tvm-stand-in")
+            self._local.stand_in_of = os.getpid()
+        executor: concurrent.futures.Executor = self._local.executor
 
         def run(function: Callable[..., Any], *arguments: Any) -> Any:
             self.use_threads(count)

@@ -308,27 +308,40 @@ stop.append(1); thread.join()
     assert run_python(COUNT + script, artifact, env=env) == "True\n"
 
 
-def test_many_threads_and_mixed_shapes_equal_serial_runs(mmany_shapess):
-    """16 threads x 1,000 calls of a Mega, to the bit."""
-    model = load(mmany_shapess)
+def test_many_threads_and_mixed_shapes_equal_serial_runs(many_shapes):
+    """16 threads x 1,000 calls of a Mega, to the bit: its entries, other shapes, and streams."""
+    model = load(many_shapes)
     rng = np.random.default_rng(0)
-    inputs = [
-        rng.standard_normal(entry.input_shape, dtype=np.float32)
-        for entry in model.entries
-        for _ in range(8)
-    ]
+    shapes = [entry.input_shape for entry in model.entries]
+    shapes += [(3, 11, 13), (1, 58, 13), (2, 59, 13)]
+    assert {model.entry_at(shape).symbolic for shape in shapes} == {False, True}
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes for _ in range(4)]
     expected = [model(x) for x in inputs]
+
+    def steps(seed):
+        """Yield the outputs of a stream that starts anew when it is full."""
+        stream = model.stream(2, max_len=50)
+        frames = np.random.default_rng(seed).standard_normal((250, 2, 13), dtype=np.float32)
+        for frame in frames:
+            if stream.lengths[0] == 50:
+                stream.reset()
+            yield stream.step(frame).tobytes()
+
+    streamed = [list(steps(seed)) for seed in range(16)]
     wrong, start = [], threading.Barrier(16)
 
     def work(seed):
-        chosen = np.random.default_rng(seed).integers(len(inputs), size=1000)
+        chosen = np.random.default_rng(seed).integers(len(inputs), size=750)
         out = {y.shape: np.empty_like(y) for y in expected}
+        stream = steps(seed)
         start.wait()
         for call, i in enumerate(chosen):
             given = out[expected[i].shape] if call % 2 else None
             y = model(inputs[i], out=given)
             if y.tobytes() != expected[i].tobytes():
                 wrong.append((seed, call, int(i)))
+            if call % 3 == 0 and next(stream) != streamed[seed][call // 3]:
+                wrong.append((seed, call, "stream"))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
