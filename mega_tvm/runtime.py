@@ -215,6 +215,8 @@ class Model:
         ------
         StreamUnsupportedError
             If the model cannot stream.
+        MegaError
+            If there is no memory for it.
         """
         return make_stream(self, batch, max_len, on_full)
 

@@ -337,7 +337,14 @@ def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> 
     run = model._function(entry.name)
     if max_len is None:
         max_len = max(e["seq_len"] for e in model.metadata["entries"])
-    return Stream(model, entry, run, batch, max_len, on_full)
+    try:
+        return Stream(model, entry, run, batch, max_len, on_full)
+    except MemoryError as error:
+        row = sum(width * (max_len if kind == "cache" else 1) for kind, width in entry.state)
+        raise MegaError(
+            f"a stream of batch {batch} and max_len {max_len} keeps {4 * batch * row:,} bytes of "
+            "state, and needs more to compute, which this process cannot have; make it smaller"
+        ) from error
 
 
 def _tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:

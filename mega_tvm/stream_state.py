@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mega_tvm.errors import MegaError
 from mega_tvm.inputs import aligned_empty
 
 Array = npt.NDArray[np.float32]
@@ -90,27 +89,15 @@ class StreamState:
     ----------
     entry : StreamEntry
     batch, max_len : int
-
-    Raises
-    ------
-    MegaError
-        If there is no memory for it.
     """
 
     def __init__(self, entry: StreamEntry, batch: int, max_len: int) -> None:
         self._max_len = max_len
         self.lengths = aligned_empty((batch * 2,)).view(np.int64)
-        try:
-            self.arrays = [
-                aligned_empty((batch, width) if kind == "ema" else (batch, max_len, width))
-                for kind, width in entry.state
-            ]
-        except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address has
-            per_row = sum(w if kind == "ema" else w * max_len for kind, w in entry.state)
-            raise MegaError(
-                f"a stream of batch {batch} and max_len {max_len} needs {4 * batch * per_row:,} "
-                "bytes of state, which this process cannot have"
-            ) from error
+        self.arrays = [
+            aligned_empty((batch, width) if kind == "ema" else (batch, max_len, width))
+            for kind, width in entry.state
+        ]
         self._ema = [array for array in self.arrays if array.ndim == 2]
         self._caches = [array for array in self.arrays if array.ndim == 3]
         self.longest = 0  # of the lengths, kept beside them for the quick check of a step
