@@ -7,10 +7,38 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
+
+// Counts what all libraries of this process allocate: glibc's functions under another name.
+namespace {
+std::atomic<long> allocations{0};
+}
+extern "C" {
+void* __libc_malloc(std::size_t size);
+void* __libc_calloc(std::size_t count, std::size_t size);
+void* __libc_realloc(void* memory, std::size_t size);
+void* __libc_memalign(std::size_t alignment, std::size_t size);
+void* malloc(std::size_t size) {
+  ++allocations;
+  return __libc_malloc(size);
+}
+void* calloc(std::size_t count, std::size_t size) {
+  ++allocations;
+  return __libc_calloc(count, size);
+}
+void* realloc(void* memory, std::size_t size) {
+  ++allocations;
+  return __libc_realloc(memory, size);
+}
+void* aligned_alloc(std::size_t alignment, std::size_t size) {
+  ++allocations;
+  return __libc_memalign(alignment, size);
+}
+}
 
 namespace {
 
@@ -114,6 +142,25 @@ void check_stream(mega_tvm::Model& model) {
   expect(slides.length(0) == 20 && std::isfinite(y[0]), "sliding");
 }
 
+// Neither a step nor a call of a compiled shape allocates, in whichever library.
+void check_allocations(mega_tvm::Model& model) {
+  mega_tvm::Stream stream(model, 2, 300);
+  const std::vector<float> x = random(59 * kWidth, 4);
+  std::vector<float> y(stream.output_size());
+  const mega_tvm::Shape shape{1, 59, kWidth};
+  long before = allocations;
+  for (int i = 0; i < 100; ++i) {
+    if (i == 50) before = allocations;
+    stream.step(x.data(), y.data());
+    model.run(shape, x.data(), y.data());
+    if (i % 10 == 0) stream.reset(1);
+  }
+  const long found = allocations - before;
+  expect(found == 0, std::to_string(found) + " allocations in 50 steps and calls");
+  mega_tvm::Shape copy = shape;
+  expect(allocations > before, "counting of allocations");
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -121,6 +168,7 @@ int main(int, char** argv) {
     mega_tvm::Model model(argv[1], threads);
     check_threads(model);
     check_stream(model);
+    check_allocations(model);
     expect_error("found [2, 7, 14]; reshape it", [&] { model.entry_at({2, 7, 14}); });
     expect_error("[batch, seq_len, 13], batch 1 to 256", [&] { model.entry_at({257, 7, 13}); });
     expect(model.entry_at({1, 59, 13}).symbolic == false, "specialised");

@@ -58,6 +58,10 @@ class Buffer {
     tensor_.strides = strides_.data();
   }
 
+  void resize(std::int64_t extent) {
+    if (!memory_ || shape_.size() != 1 || shape_[0] != extent) resize(Shape{extent});
+  }
+
   void* data() { return memory_.get(); }
   float* floats() { return static_cast<float*>(memory_.get()); }
   std::size_t bytes() const { return bytes_; }

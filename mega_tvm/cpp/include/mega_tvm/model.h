@@ -82,7 +82,7 @@ class Model {
     Runner& runner = runners_[index];
     std::unique_ptr<Frame> frame = take(runner);
     frame->x.resize(entry->input_shape);
-    frame->workspace.resize({entry->workspace});
+    frame->workspace.resize(entry->workspace);
     frame->y.resize(entry->output_shape);
     std::memcpy(frame->x.data(), x, frame->x.bytes());
     const tvm::ffi::AnyView arguments[] = {frame->x.tensor(), tensors_->tensor(),
