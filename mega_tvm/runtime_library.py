@@ -120,7 +120,17 @@ class RuntimeLibrary:
             self.use_threads(count)
             return function(*arguments)
 
-        return lambda *call: executor.submit(run, *call).result()
+        def stand_in(*call: Any) -> Any:
+            try:
+                future = executor.submit(run, *call)
+            except RuntimeError as error:  # no more threads, or the interpreter ends
+                raise MegaError(
+                    f"this process was forked by a thread that had run a model on several threads; "
+                    f"another thread to run it cannot start: {error}; use num_threads=1"
+                ) from error
+            return future.result()
+
+        return stand_in
 
     def _resize_pool(self, count: int) -> None:
         # Read when the pool starts. Bound threads would also widen the caller's own CPU set.
