@@ -53,15 +53,15 @@ def test_wrong_arguments_are_refused(
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="extra: bench")
     config = MegaConfig(13, hidden_size=16, ema_dim=3, num_layers=1)
-    shapes = {"batch": (1, 2), "seq_len": (5, 9), "symbolic": False}
+    shapes = {"batch": (1, 2), "seq_len": 5, "symbolic": False}
     path = mega_tvm.compile_model(config, **shapes, output=tmp_path / "model.so")
     command = [sys.executable, "-m", "mega_tvm.bench.stream", path, "--seconds=0.02"]
-    command += ["--batch=1,2", "--frames=5,9"]
+    command += ["--batch=1,2", "--frames=5"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     number = r"\d+(?:\.\d+)?"
     row = rf" *(\d+) +(\d+) +{number} +{number} +{number} +\d+%(?: +{number}){{4}}  \w+.*"
     rows = re.findall(rf"^{row}$", done.stdout, re.MULTILINE)
-    assert rows == [("5", "1"), ("5", "2"), ("9", "1"), ("9", "2")]
+    assert rows == [("5", "1"), ("5", "2")]
     done = subprocess.run([*command[:3], tmp_path / "none.so"], capture_output=True, text=True)
     assert done.returncode == 2 and "no such file" in done.stderr
