@@ -3,7 +3,7 @@
 model.so, model.json         the compiled model, and its manifest for people
 libtvm_runtime.so            TVM's runtime, and what it needs
 libtvm_ffi.so
-include/                     mega_tvm.h, and the headers of tvm-ffi and dlpack
+include/                     mega_tvm.h and its parts, and the headers of tvm-ffi and dlpack
 example/                     main.cpp and CMakeLists.txt
 licenses/
 SHA256SUMS                   of every file, for `sha256sum --check`
@@ -104,7 +104,8 @@ def _files(library: Path) -> Iterator[tuple[Path, str]]:
         yield manifest, "model.json"
     yield _runtime(), LIBRARY
     yield Path(tvm_ffi.libinfo.find_libtvm_ffi()), "libtvm_ffi.so"
-    yield _SOURCES / "mega_tvm.h", "include/mega_tvm.h"
+    for header in sorted((_SOURCES / "include").rglob("*.h")):
+        yield header, str(header.relative_to(_SOURCES))
     for folder in map(Path, tvm_ffi.libinfo.include_paths()):
         for pattern in _HEADERS:
             for header in sorted(folder.glob(pattern)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,8 @@ def _non_finite(array: npt.NDArray[np.float32]) -> str:
 def aligned_empty(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Return an array of undefined values at an address that kernels can read."""
     size = math.prod(shape) * 4
+    if size > sys.maxsize // 2:
+        raise MemoryError  # which NumPy says in another way
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -_address(raw) % ALIGNMENT
     return raw[start : start + size].view(np.float32).reshape(shape)

@@ -167,13 +167,11 @@ class Model:
         if array.dtype is not _FLOAT32 or check_finite:  # the same object nearly always
             check_values(array, check_finite)
         target = None if out is None else as_output(out, runner.entry.output_shape)
-        self._library.use_threads(self._num_threads)
+        stand_in = self._library.use_threads(self._num_threads)
         try:
-            result = runner(array, target)
+            result = runner(array, target) if stand_in is None else stand_in(runner, array, target)
         except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
-            raise DamagedArtifactError(
-                f"{self._path}: the library does not take what its manifest says: {error}"
-            ) from error
+            raise self.mismatch(error) from error
         except MemoryError as error:
             raise MegaError(
                 f"an input of shape {list(array.shape)} needs {runner.entry.workspace:,} bytes of "
@@ -217,6 +215,8 @@ class Model:
         ------
         StreamUnsupportedError
             If the model cannot stream.
+        MegaError
+            If there is no memory for it.
         """
         return make_stream(self, batch, max_len, on_full)
 
@@ -262,8 +262,9 @@ class Model:
         tvm_ffi.Tensor
             Memory of the machine's pool.
         """
-        self._library.use_threads(self._num_threads)
-        return function(as_argument(x), *self._machine_tensors())
+        arguments = (as_argument(x), *self._machine_tensors())
+        stand_in = self._library.use_threads(self._num_threads)
+        return function(*arguments) if stand_in is None else stand_in(function, *arguments)
 
     def _machine_tensors(self) -> tuple[tvm_ffi.Array, ...]:
         """Return what a machine's function takes behind its input: nothing if there are none."""
@@ -278,6 +279,12 @@ class Model:
             return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:
             raise self._missing(name) from error
+
+    def mismatch(self, error: Exception) -> DamagedArtifactError:
+        """Return the error for arguments that the library refuses."""
+        return DamagedArtifactError(
+            f"{self._path}: the library does not take what its manifest says: {error}"
+        )
 
     def _missing(self, name: str) -> DamagedArtifactError:
         return DamagedArtifactError(

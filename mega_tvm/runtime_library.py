@@ -6,20 +6,24 @@ the process, of which a call uses as many as its model asks for; the others slee
 for one thread runs its loops in place and starts no pool.
 
 A fork copies the pool of the forking thread, but not its workers, and TVM cannot give that pool up:
-its destructor waits for ever on a condition variable where they slept. So a forked child refuses to
-use such a pool, and ends without destructors.
+its destructor, and its reset, wait for ever on a condition variable where they slept. So in a
+forked child a *stand-in*, a thread with a pool of its own, runs such calls, and the child ends
+without destructors.
 """
 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import ctypes
 import importlib.metadata
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tvm_ffi
 
@@ -38,10 +42,8 @@ _SPECIFY_THREAD_SHARE_ALL_CORE = -3
 # Yields of a worker before it sleeps: measured 1 ms, which spans the serial gaps within a call.
 # TVM's default, 300000, keeps a core busy for over 150 ms after each call. Waking takes some 30 us.
 _SPIN_COUNT = "2000"
-_FORK_ADVICE = (
-    "use num_threads=1, or run the model only in other threads than the one that forks (warmup "
-    "does), or start processes with multiprocessing's 'spawn' method"
-)
+# Runs ``(function, *arguments)`` in another thread, and returns its result.
+StandIn = Callable[..., Any]
 
 
 class RuntimeLibrary:
@@ -83,26 +85,54 @@ class RuntimeLibrary:
         os.register_at_fork(after_in_child=self._after_fork)
         atexit.register(self._at_exit)
 
-    def use_threads(self, count: int) -> None:
+    def use_threads(self, count: int) -> StandIn | None:
         """Let the calling thread's next parallel loops use this many threads.
+
+        Returns
+        -------
+        callable or None
+            What must run those loops in place of the calling thread, if there is such a thing:
+            in a forked process whose pool has lost its workers.
 
         Raises
         ------
         MegaError
-            If its pool was started smaller by other code, or before a fork.
+            If its pool was started smaller by other code.
         """
-        if count > 1 and getattr(self._local, "state", None) != (os.getpid(), count):
-            self._resize_pool(count)
+        if count > 1:
+            state = getattr(self._local, "state", None)
+            if state is not None and state[0] != os.getpid():
+                return self._stand_in(count)
+            if state is None or state[1] != count:
+                self._resize_pool(count)
         # Always, since another user of TVM in this thread may have changed it.
         self._set_max_concurrency(count)
+        return None
+
+    def _stand_in(self, count: int) -> StandIn:
+        """Return what runs a function in a thread whose pool this process started."""
+        if getattr(self._local, "stand_in_of", None) != os.getpid():  # a parent's is gone too
+            self._local.executor = concurrent.futures.ThreadPoolExecutor(1, "mega_tvm-stand-in")
+            self._local.stand_in_of = os.getpid()
+        executor: concurrent.futures.Executor = self._local.executor
+
+        def run(function: Callable[..., Any], *arguments: Any) -> Any:
+            self.use_threads(count)
+            return function(*arguments)
+
+        def stand_in(*call: Any) -> Any:
+            try:
+                future = executor.submit(run, *call)
+            except RuntimeError as error:  # no more threads, or the interpreter ends
+                raise MegaError(
+                    f"this process was forked by a thread that had run a model on several threads; "
+                    f"another thread to run it cannot start: {error}; use num_threads=1"
+                ) from error
+            return future.result()
+
+        return stand_in
 
     def _resize_pool(self, count: int) -> None:
-        pid = os.getpid()
-        if getattr(self._local, "state", (pid, 0))[0] != pid:
-            raise MegaError(
-                f"this process was forked after its thread had run a model on "
-                f"{self._local.state[1]} threads, which are gone; {_FORK_ADVICE}"
-            )
         # Read when the pool starts. Bound threads would also widen the caller's own CPU set.
         os.environ.setdefault("TVM_BIND_THREADS", "0")
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPIN_COUNT)
@@ -114,7 +144,7 @@ class RuntimeLibrary:
                 f"expected a pool of {count} threads, found {found}: other code had started this "
                 "thread's TVM pool before; call the model from a new thread"
             )
-        self._local.state = (pid, count)
+        self._local.state = (os.getpid(), count)
 
     def _after_fork(self) -> None:
         self._ends_early = hasattr(self._local, "state")
@@ -129,8 +159,9 @@ class RuntimeLibrary:
             sys.stdout.flush()
             print(
                 "mega_tvm: this process ends with status 1 in place of a hang: it was forked by a "
-                f"thread that had run a model on several threads; {_FORK_ADVICE}, or end it by "
-                "os._exit, as multiprocessing does",
+                "thread that had run a model on several threads. End it by os._exit, as "
+                "multiprocessing does, or run the model only in other threads than the one that "
+                "forks (warmup does)",
                 file=sys.stderr,
                 flush=True,
             )

@@ -15,8 +15,7 @@ still visible, and the moving average goes on. `Model.window` gives the full run
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +23,13 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.errors import (
-    DamagedArtifactError,
     InputError,
     MegaError,
     StreamFullError,
     StreamUnsupportedError,
 )
 from mega_tvm.inputs import aligned_empty, as_frames, positive
+from mega_tvm.stream_state import Snapshot, StreamEntry, StreamState
 from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 
 if TYPE_CHECKING:
@@ -42,68 +41,6 @@ ON_FULL = ("error", "slide")
 # Rows (streams times frames) that a call of prefill's pieces aims at: enough for full register
 # tiles, few enough that a piece's intermediates (0.7 MB at hidden size 256) stay in L2.
 PREFILL_ROWS = 128
-# Frames of a cache that are moved together: what is set aside meanwhile stays small.
-_MOVED_FRAMES = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamEntry:
-    """The entry of a library that goes on from a state.
-
-    Parameters
-    ----------
-    name : str
-        The function in the library.
-    input_width : int
-        Width of a frame.
-    output_shape : tuple of int
-        A row's output.
-    state : tuple of (str, int)
-        Kind and width of each layer's states, in order: ``"ema"`` or ``"cache"``.
-    workspace : mapping of str to int
-        Bytes that a call needs, see `mega_tvm.symbolic_entry`.
-    """
-
-    name: str
-    input_width: int
-    output_shape: tuple[int, ...]
-    state: tuple[tuple[str, int], ...]
-    workspace: Mapping[str, int]
-
-    @classmethod
-    def from_manifest(cls, entry: Mapping[str, Any]) -> StreamEntry:
-        """Read a manifest's field ``stream``."""
-        return cls(
-            entry["name"],
-            entry["input_width"],
-            tuple(entry["output_shape"]),
-            tuple((state["kind"], state["width"]) for state in entry["state"]),
-            entry["workspace"],
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A copy of a stream's state, for `Stream.restore`; it stays as it is.
-
-    Parameters
-    ----------
-    lengths : ndarray
-        Frames of each row.
-    arrays : tuple of ndarray
-        The states; of caches, the frames that are in use.
-    origin : tuple
-        What a stream must have in common with the one it was taken from.
-    """
-
-    lengths: npt.NDArray[np.int64]
-    arrays: tuple[Array, ...]
-    origin: tuple[Any, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it holds."""
-        return self.lengths.nbytes + sum(array.nbytes for array in self.arrays)
 
 
 class Stream:
@@ -142,13 +79,7 @@ class Stream:
             )
         self._slides = on_full == "slide"
         self._piece = max(1, PREFILL_ROWS // batch)  # frames
-        self._lengths = aligned_empty((batch * 2,)).view(np.int64)
-        self._states = [
-            aligned_empty((batch, width) if kind == "ema" else (batch, max_len, width))
-            for kind, width in entry.state
-        ]
-        self._ema = [s for s in self._states if s.ndim == 2]
-        self._caches = [s for s in self._states if s.ndim == 3]
+        self._state = StreamState(entry, batch, max_len)
         self._x = aligned_empty((batch * self._piece * entry.input_width,))
         self._y = aligned_empty((batch, *entry.output_shape))
         size = workspace_bytes(entry.workspace, {BATCH: batch, SEQ_LEN: self._piece})
@@ -156,14 +87,12 @@ class Stream:
         self._workspace = _tensor(workspace)
         self._step_x = self._x[: batch * entry.input_width].reshape(batch, -1)
         self._step_arguments = self._arguments(slice(0, batch), 1)
-        self._longest = 0  # of the lengths, kept beside them for the quick check of a step
-        self.reset()
 
     def __repr__(self) -> str:
         on_full = "slide" if self._slides else "error"
         return (
             f"<mega_tvm.Stream batch={self._batch}, max_len={self._max_len}, on_full={on_full!r}, "
-            f"longest row {self._longest}>"
+            f"longest row {self._state.longest}>"
         )
 
     @property
@@ -179,12 +108,12 @@ class Stream:
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Frames that each row has seen since its reset, a copy ``[batch]``."""
-        return self._lengths.copy()
+        return self._state.lengths.copy()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state."""
-        return sum(state.nbytes for state in self._states)
+        return self._state.nbytes
 
     def step(self, x_t: Any, *, out: Array | None = None, check_finite: bool = False) -> Array:
         """Feed one frame to each row.
@@ -213,12 +142,11 @@ class Stream:
         """
         x = self._checked(x_t, (self._batch, self._entry.input_width), check_finite)
         self._check_out(out, self._batch)
-        if self._longest >= self._max_len and not self._slides:
+        if self._state.longest >= self._max_len and not self._slides:
             raise StreamFullError(self._full_message(1))
         np.copyto(self._step_x, x)
         self._call(self._step_arguments)
-        np.add(self._lengths, 1, out=self._lengths)
-        self._longest += 1
+        self._state.advance()
         if out is None:
             return self._y.copy()
         np.copyto(out, self._y)
@@ -262,7 +190,7 @@ class Stream:
         if n == 0:
             raise InputError("expected at least one frame, found none")
         self._check_out(out, len(chosen))
-        if not self._slides and self._lengths[chosen].max() + n > self._max_len:
+        if not self._slides and self._state.lengths[chosen].max() + n > self._max_len:
             raise StreamFullError(self._full_message(n))
         if out is None:
             out = np.empty((len(chosen), *self._entry.output_shape), np.float32)
@@ -271,7 +199,7 @@ class Stream:
             end = done + run.stop - run.start
             out[done:end] = self._feed(run, x[done:end])
             done = end
-        self._longest = int(self._lengths.max())
+        self._state.recount()
         return out
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
@@ -281,11 +209,7 @@ class Stream:
         ----------
         rows : sequence of int, optional
         """
-        chosen: Any = slice(None) if rows is None else self._rows(rows)
-        self._lengths[chosen] = 0
-        for state in self._ema:
-            state[chosen] = 0
-        self._longest = int(self._lengths.max())
+        self._state.reset(slice(None) if rows is None else self._rows(rows))
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let each row go on from the state of another: row ``i`` from that of ``rows[i]``.
@@ -300,25 +224,11 @@ class Stream:
         source = self._rows(rows)
         if len(source) != self._batch:
             raise InputError(f"expected {self._batch} rows, found {len(source)}")
-        moved = np.flatnonzero(source != np.arange(self._batch))
-        if len(moved) == 0:
-            return
-        source = source[moved]
-        used = min(int(self._lengths[source].max()), self._max_len)
-        self._lengths[moved] = self._lengths[source]
-        for state in self._ema:
-            state[moved] = state[source]
-        for cache in self._caches:
-            for start in range(0, used, _MOVED_FRAMES):
-                frames = slice(start, min(start + _MOVED_FRAMES, used))
-                cache[moved, frames] = cache[source, frames]
-        self._longest = int(self._lengths.max())
+        self._state.reorder(source)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the state."""
-        used = min(self._longest, self._max_len)
-        arrays = (s.copy() if s.ndim == 2 else s[:, :used].copy() for s in self._states)
-        return Snapshot(self._lengths.copy(), tuple(arrays), self._origin)
+        return self._state.snapshot(self._origin)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot.
@@ -340,13 +250,7 @@ class Stream:
                 "expected a snapshot of a stream with the same model, batch, max_len and on_full: "
                 f"{self._origin}; found {snapshot.origin}"
             )
-        self._lengths[:] = snapshot.lengths
-        for state, saved in zip(self._states, snapshot.arrays, strict=True):
-            if state.ndim == 2:
-                state[...] = saved
-            else:
-                state[:, : saved.shape[1]] = saved
-        self._longest = int(self._lengths.max())
+        self._state.restore(snapshot)
 
     @property
     def _origin(self) -> tuple[Any, ...]:
@@ -361,13 +265,13 @@ class Stream:
         while done < n:
             # A piece must not wrap around a cache: its first queries would miss rows that its last
             # frames have replaced. Full caches take one frame at a time.
-            room = max(1, self._max_len - int(self._lengths[run].max()))
+            room = max(1, self._max_len - int(self._state.lengths[run].max()))
             frames = min(n - done, self._piece, room)
             arguments = self._arguments(run, frames)
             piece = self._x[: batch * frames * x.shape[2]].reshape(batch, frames, -1)
             np.copyto(piece, x[:, done : done + frames])
             self._call(arguments)
-            self._lengths[run] += frames
+            self._state.lengths[run] += frames
             done += frames
         return self._y[:batch]
 
@@ -377,8 +281,8 @@ class Stream:
         x = self._x[: batch * frames * width].reshape(batch, frames, width)
         return (
             _tensor(x),
-            _tensor(self._lengths[run]),
-            *(_tensor(state[run]) for state in self._states),
+            _tensor(self._state.lengths[run]),
+            *(_tensor(array[run]) for array in self._state.arrays),
             self._model._tensors.block,
             self._workspace,
             _tensor(self._y[:batch]),
@@ -386,8 +290,13 @@ class Stream:
 
     def _call(self, arguments: tuple[tvm_ffi.Tensor, ...]) -> None:
         model = self._model
-        model._library.use_threads(model.num_threads)
-        if self._run(*arguments) != 0:
+        stand_in = model._library.use_threads(model.num_threads)
+        run = self._run
+        try:
+            status = run(*arguments) if stand_in is None else stand_in(run, *arguments)
+        except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
+            raise model.mismatch(error) from error
+        if status != 0:
             raise MegaError(f"a kernel of {self._entry.name} failed: out of memory")
 
     def _checked(self, x: Any, shape: tuple[int | None, ...], check_finite: bool) -> Array:
@@ -413,7 +322,7 @@ class Stream:
 
     def _full_message(self, n: int) -> str:
         return (
-            f"{n} more frame(s) do not fit: the longest row holds {self._longest} of "
+            f"{n} more frame(s) do not fit: the longest row holds {self._state.longest} of "
             f"max_len={self._max_len}; reset() rows whose sequence has ended, make the stream with "
             'a larger max_len, or with on_full="slide"'
         )
@@ -425,16 +334,17 @@ def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> 
     if reason := description.get("left_out"):
         raise StreamUnsupportedError(f"this model cannot stream: {reason}")
     entry = StreamEntry.from_manifest(description)
-    try:
-        run = model._module.get_function(f"{entry.name}__run", query_imports=True)
-    except AttributeError as error:
-        raise DamagedArtifactError(
-            f"the manifest names an entry {entry.name!r}, which the library does not hold; compile "
-            "the model again"
-        ) from error
+    run = model._function(entry.name)
     if max_len is None:
         max_len = max(e["seq_len"] for e in model.metadata["entries"])
-    return Stream(model, entry, run, batch, max_len, on_full)
+    try:
+        return Stream(model, entry, run, batch, max_len, on_full)
+    except MemoryError as error:
+        row = sum(width * (max_len if kind == "cache" else 1) for kind, width in entry.state)
+        raise MegaError(
+            f"a stream of batch {batch} and max_len {max_len} keeps {4 * batch * row:,} bytes of "
+            "state, and needs more to compute, which this process cannot have; make it smaller"
+        ) from error
 
 
 def _tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:

@@ -25,9 +25,10 @@ import numpy.typing as npt
 from .environment import QUIET_LOAD, hardware, pin
 
 if TYPE_CHECKING:
+    from .contestants import Contestant
     from .first_call import FirstCall
-    from .peers import Form, Model
-    from .workloads import Params, Workload
+    from .peers import Model
+    from .workloads import Workload
 
 _TURN_S = 1.0
 _WARMUP_CALLS = 20
@@ -51,16 +52,6 @@ class Latency:
         us = np.asarray(nanoseconds, np.float64) / 1e3
         p50, p99, p999 = (float(value) for value in np.percentile(us, PERCENTILES))
         return cls(len(us), float(us.min()), p50, p99, p999, float(us.max()))
-
-
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """A peer in its fastest form."""
-
-    name: str
-    form: Form
-    pruned: bool
-    model: Model
 
 
 def paced(model: Model, x: npt.NDArray[Any], calls: int, rate: float) -> list[int]:
@@ -167,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, workload: Workload, peers: Sequence[str]) -> int:
+    from .contestants import fastest
     from .first_call import measure_first_call
     from .peers import PEERS, versions
     from .peers.mega import LIBRARIES
@@ -184,7 +176,7 @@ def _run(options: argparse.Namespace, workload: Workload, peers: Sequence[str]) 
         contestants = []
         for name in peers:
             print(f"preparing {name}", flush=True)
-            contestants.append(_fastest(name, workload, params, options.threads, x))
+            contestants.append(fastest(name, workload, params, options.threads, x))
         del os.environ[LIBRARIES]
         for c in contestants:
             print(f"fresh processes: {c.name}", flush=True)
@@ -214,32 +206,6 @@ def _run(options: argparse.Namespace, workload: Workload, peers: Sequence[str]) 
         text = json.dumps(data, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
     return 0
-
-
-def _fastest(
-    name: str, workload: Workload, params: Params, threads: int, x: npt.NDArray[Any]
-) -> Contestant:
-    """Return a peer in the fastest of its forms whose output is right."""
-    from .measure import quick_minimum
-    from .oracle import TOLERANCE, expected_output, relative_error
-    from .peers import PEERS
-
-    peer = PEERS[name]
-    if reason := peer.available():
-        raise SystemExit(f"{name}: {reason}")
-    expected = expected_output(workload, params, x)
-    best: tuple[float, Contestant] | None = None
-    for pruned in (False, True):
-        for form in peer.forms(workload, pruned):
-            model = peer.prepare(workload, params, threads, pruned, form)
-            if relative_error(model(x), expected) > TOLERANCE:
-                continue
-            seconds = quick_minimum(model, x)
-            if best is None or seconds < best[0]:
-                best = seconds, Contestant(name, form, pruned, model)
-    if best is None:
-        raise SystemExit(f"{name}: no form of it answers right")
-    return best[1]
 
 
 def _print(

@@ -42,7 +42,7 @@ def artifact(executable, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def many_shapes(tmp_path_factory):
-    """A very small Mega of three shapes."""
+    """A very small Mega of three shapes, any other by its symbolic entry, and streams."""
     return mega_tvm.compile_model(
         MegaConfig(13, hidden_size=16, ema_dim=3, num_layers=1),
         seq_len=(1, 7, 59),

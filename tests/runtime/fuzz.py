@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 import mega_tvm
-from mega_tvm.errors import ArtifactError, InputError
+from mega_tvm.errors import ArtifactError, MegaError
+from mega_tvm.symbolic_entry import probe_shapes
 
 BATCH = 50
 VALUES = [None, True, 0, 1, -1, 2**70, 1.5, "", "x", [], {}, [1], [[1]], {"a": 1}, "\ud800", "\0"]
@@ -163,8 +164,15 @@ def mutate_sizes(source, rng):
         cut = rng.randrange(1, len(source.library))
         library = rng.choice([source.library[:cut], source.library + rng.randbytes(cut % 500)])
         return relink(source, mutant, library)
-    entry = rng.choice(mutant["entries"])  # another shape or workspace of an entry
-    if rng.random() < 0.5:
+    described = [*mutant.get("symbolic_entries", []), mutant.get("stream") or {}]
+    entry = rng.choice([d for d in described if "workspace" in d] + mutant["entries"])
+    if isinstance(entry["workspace"], dict):  # another workspace, limit or width of any shape
+        numbers = [entry["workspace"], *entry.get("limits", {}).values(), *entry.get("state", [])]
+        chosen = rng.choice(numbers)
+        places = range(len(chosen)) if isinstance(chosen, list) else list(chosen)
+        place = rng.choice([p for p in places if type(chosen[p]) is int])
+        chosen[place] = max(0, chosen[place] + rng.choice([-4096, -64, -4, -1, 1, 4, 64, 4096]))
+    elif rng.random() < 0.5:  # another shape or workspace of an entry
         entry["workspace"] = max(1, entry["workspace"] + rng.choice([-64, -1, 1, 64, 4096]))
     else:
         shape = entry[rng.choice(["input", "output"])]["shape"]
@@ -213,14 +221,31 @@ FAMILIES = {
 }
 
 
-def inputs(model):
-    """Return an input for each entry, and what it computes."""
-    found = []
-    for i, entry in enumerate(model.entries):
-        rng = np.random.default_rng(i)
-        x = rng.standard_normal(entry.input_shape, dtype=np.float32)
-        found.append((x, model(x)))
-    return found
+def random_input(shape):
+    return np.random.default_rng(list(shape)).standard_normal(shape, dtype=np.float32)
+
+
+def run_stream(model, width):
+    """Feed two rows frames at once and one by one, beyond a full cache; return all outputs."""
+    x = random_input((2, 24, width))
+    stream = model.stream(2, max_len=20, on_full="slide")
+    found = [stream.prefill(x[:, :11])]
+    stream.reset([1])
+    return np.stack([*found, *(stream.step(x[:, t]) for t in range(11, 24))])
+
+
+def probes(model):
+    """Return calls of all that a model has: functions of a model, with the result of each."""
+    calls = []
+    shapes = [entry.input_shape for entry in model.entries]
+    for symbolic in model.symbolic_entries:
+        shapes += probe_shapes(symbolic)
+    for shape in dict.fromkeys(shapes):
+        x = random_input(shape)
+        calls.append(lambda model, x=x: model(x))
+    if "name" in (stream := model.metadata.get("stream") or {}):
+        calls.append(lambda model: run_stream(model, stream["input_width"]))
+    return [(call, call(model)) for call in calls]
 
 
 def attempt(path, expected):
@@ -235,11 +260,11 @@ def attempt(path, expected):
     except Exception:
         return "other exception"
     outcome = "right result"
-    for x, y in expected:
+    for call, y in expected:
         try:
-            if model(x).tobytes() != y.tobytes():
+            if call(model).tobytes() != y.tobytes():
                 return "wrong result"
-        except (ArtifactError, InputError) as error:
+        except MegaError as error:
             outcome = f"{type(error).__name__} of a call"
         except Exception:
             return "other exception"
@@ -276,7 +301,7 @@ def run_batch(mutants, expected, folder):
 def fuzz(path, count, seed=0, families=tuple(FAMILIES), keep=None):
     """Try so many mutants of each family; return the outcomes' counts."""
     source = Source(path)
-    expected = inputs(mega_tvm.load(path))
+    expected = probes(mega_tvm.load(path))
     counts = {}
     with tempfile.TemporaryDirectory() as folder:
         for family in families:
@@ -286,9 +311,9 @@ def fuzz(path, count, seed=0, families=tuple(FAMILIES), keep=None):
             while len(outcomes) < count:
                 batch = mutants[len(outcomes) : len(outcomes) + BATCH]
                 found = run_batch(batch, expected, folder)
-                for mutant, outcome in zip(batch, found, strict=False):
+                for i, (mutant, outcome) in enumerate(zip(batch, found, strict=False)):
                     if outcome in WRONG and keep:
-                        Path(f"{keep}-{family}-{len(outcomes)}.so").write_bytes(mutant)
+                        Path(f"{keep}-{family}-{len(outcomes) + i}.so").write_bytes(mutant)
                 outcomes += found
             counts[family] = dict(collections.Counter(outcomes).most_common())
     return counts

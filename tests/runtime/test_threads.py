@@ -132,29 +132,68 @@ run(two)
 
 @two_cpus
 def test_a_fork_of_a_thread_with_workers(artifact, run_python):
+    """The child's calls work, on as many threads; its child's too."""
     script = """
 import atexit, logging
 logging.shutdown = lambda: print("logged")
+def several_threads_work():
+    new = tasks()
+    run(two)
+    new = sorted(tasks() - new)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and sum(ticks(t) >= 5 for t in new) < 2:
+        run(two)
+    return sum(ticks(t) >= 5 for t in new)  # the stand-in and its worker
+def grandchild():
+    run(two)
+    os._exit(4)
 def child():
     os.dup2(1, 2)
     atexit.register(print, "other handler")
     run(one)
-    try:
-        run(two)
-    except mega_tvm.runtime_library.MegaError as error:
-        print("forked" in str(error))
+    print(several_threads_work())
+    run(one); run(two)
     thread = threading.Thread(target=run, args=(two,))
     thread.start(); thread.join()
-    print("ran", flush=True)
+    print(fork(grandchild), flush=True)
+def refused():
+    try:
+        two(np.ones((7, 7), np.float32))
+    except mega_tvm.errors.InputError:
+        os._exit(5)
 run(two)
 time.sleep(0.1)
+print(fork(refused), flush=True)
 print(fork(child))
 run(two)
 """
     lines = run_python(COUNT + FORK + script, artifact).splitlines()
-    assert lines[:4] == ["True", "ran", "other handler", "logged"]
-    assert "status 1 in place of a hang" in lines[4] and "os._exit" in lines[4]
-    assert lines[5:] == ["1"]
+    assert lines[:5] == ["5", "2", "4", "other handler", "logged"]
+    assert "status 1 in place of a hang" in lines[5] and "os._exit" in lines[5]
+    assert lines[6:] == ["1"]
+
+
+@two_cpus
+def test_a_mega_and_its_stream_after_a_fork(many_shapes, run_python):
+    script = """
+import os
+from mega_tvm.inputs import aligned_empty
+model = mega_tvm.load(sys.argv[1], num_threads=2)
+x = np.random.default_rng(0).standard_normal((3, 59, 13), dtype=np.float32)
+def outputs():
+    stream = model.stream(3)
+    found = [model(x[:1]), model(x), stream.prefill(x[:, :58]), stream.step(x[:, 58])]
+    machine, one = model.new_machine(), aligned_empty(model.entries[0].input_shape)
+    one[...] = x[0, 0]
+    found.append(model.fetch(model.invoke(machine[model.entries[0].name], one)))
+    return b"".join(y.tobytes() for y in found)
+expected = outputs()
+child = os.fork()
+if child == 0:
+    os._exit(3 if outputs() == expected else 4)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), outputs() == expected)
+"""
+    assert run_python(script, many_shapes) == "3 True\n"
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -270,26 +309,39 @@ stop.append(1); thread.join()
 
 
 def test_many_threads_and_mixed_shapes_equal_serial_runs(many_shapes):
-    """16 threads x 1,000 calls of a Mega, to the bit."""
+    """16 threads x 1,000 calls of a Mega, to the bit: its entries, other shapes, and streams."""
     model = load(many_shapes)
     rng = np.random.default_rng(0)
-    inputs = [
-        rng.standard_normal(entry.input_shape, dtype=np.float32)
-        for entry in model.entries
-        for _ in range(8)
-    ]
+    shapes = [entry.input_shape for entry in model.entries]
+    shapes += [(3, 11, 13), (1, 58, 13), (2, 59, 13)]
+    assert {model.entry_at(shape).symbolic for shape in shapes} == {False, True}
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes for _ in range(4)]
     expected = [model(x) for x in inputs]
+
+    def steps(seed):
+        """Yield the outputs of a stream that starts anew when it is full."""
+        stream = model.stream(2, max_len=50)
+        frames = np.random.default_rng(seed).standard_normal((250, 2, 13), dtype=np.float32)
+        for frame in frames:
+            if stream.lengths[0] == 50:
+                stream.reset()
+            yield stream.step(frame).tobytes()
+
+    streamed = [list(steps(seed)) for seed in range(16)]
     wrong, start = [], threading.Barrier(16)
 
     def work(seed):
-        chosen = np.random.default_rng(seed).integers(len(inputs), size=1000)
+        chosen = np.random.default_rng(seed).integers(len(inputs), size=750)
         out = {y.shape: np.empty_like(y) for y in expected}
+        stream = steps(seed)
         start.wait()
         for call, i in enumerate(chosen):
             given = out[expected[i].shape] if call % 2 else None
             y = model(inputs[i], out=given)
             if y.tobytes() != expected[i].tobytes():
                 wrong.append((seed, call, int(i)))
+            if call % 3 == 0 and next(stream) != streamed[seed][call // 3]:
+                wrong.append((seed, call, "stream"))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mega_tvm.errors import InputError, StreamFullError
+from mega_tvm.errors import InputError, MegaError, StreamFullError
 from mega_tvm.tolerances import assert_parity
 from mega_tvm.verify_stream import check_stream
 from reference import numpy_mega
@@ -193,6 +193,12 @@ def test_snapshots_of_other_streams_are_refused(subject, stream) -> None:
 def test_wrong_arguments(subject, arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         subject.model.stream(**arguments)
+
+
+@pytest.mark.parametrize("size", [2**36, 2**62])
+def test_too_large_for_memory(subject, size) -> None:
+    with pytest.raises(MegaError, match=f"batch 2 and max_len {size} keeps [0-9,]+ bytes"):
+        subject.model.stream(2, max_len=size)
 
 
 def test_max_len_is_the_longest_compiled_length(subject) -> None:
