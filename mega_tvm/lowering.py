@@ -43,16 +43,20 @@ def keep_locals_on_stack(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
 def allocate_on_cpu(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
     """Say where a C function's own buffers lie; a packed function has that from its arguments.
 
-    It must stand around the allocations, which storage rewrite has moved to the top by now.
+    It must stand around the allocations, which storage rewrite has moved to the top by now. They
+    are given back where it ends: the function's return must stand behind it, or they never are.
     """
     functions = {}
     for gvar, func in mod.functions.items():
         if isinstance(func, tirx.PrimFunc) and C_FUNCTION_ATTR in func.attrs:
-            body = func.body
+            *steps, end = func.body.seq
+            if not isinstance(end, tirx.stmt.Return):
+                raise AssertionError(f"{gvar.name_hint} must end in a return")
+            body = tirx.SeqStmt(steps)
             cpu = int(tvm.cpu().dlpack_device_type())
             for key, value in (("device_id", 0), ("device_type", cpu)):
                 body = tirx.AttrStmt("default", key, tirx.const(value, "int32"), body)
-            func = func.with_body(body)
+            func = func.with_body(tirx.SeqStmt([body, end]))
         functions[gvar] = func
     return tvm.IRModule(functions, attrs=mod.attrs)
 
