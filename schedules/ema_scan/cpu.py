@@ -1,9 +1,13 @@
 """How an ema_scan kernel runs on x86.
 
 Channels are lanes, time is sequential, the state lives in registers. A step waits for the FMA of
-the one before (4 cycles); ``group`` vectors of channels run side by side in that shadow. At D = 16
-a scan of 4096 steps takes 5 us, a thousandth of the attention of that length: a chunked (Toeplitz)
-scan, which buys parallelism over time with more arithmetic, would gain nothing here.
+the one before (4 cycles); ``group`` vectors of channels run side by side in that shadow.
+
+Time is never split. A chunked scan (a Toeplitz product a chunk, and a carry) buys parallelism over
+time with more arithmetic, and there is none to win. Measured on one core of a Zen 4 (118 GFLOP/s):
+4096 steps of 16 channels take 5.6 us, a thousandth of the attention of that length; 16384 take 24
+us, where at a width of 512 the layer's products alone take 870 ms at the FMA peak and its attention
+2.3 s. Even 512 channels, 6.9 ms for the 64 MiB that they read and write, are 0.2% of that.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ from .naive import GatedAttentionSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
-    if GatedAttentionSpec.of(sch.mod["main"]).q_len != 1:
-        sample_blocking(sch, vector_unit(target))
+    spec = GatedAttentionSpec.of(sch.mod["main"])
+    if spec.q_len != 1:
+        sample_blocking(sch, vector_unit(target), spec.k_len)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:

@@ -28,13 +28,14 @@ from .naive import LaplaceAttentionSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
-    if LaplaceAttentionSpec.of(sch.mod["main"]).q_len != 1:
+    spec = LaplaceAttentionSpec.of(sch.mod["main"])
+    if spec.q_len != 1:
         unit = vector_unit(target)
         # |q - k| needs a register for the difference and one for the sign mask: with AVX2's 16,
         # tiles of 6 spill an accumulator at each step (T = 1024: 16.0 ms, tiles of 5: 15.0).
         # Wider spans save nothing, for nothing is rescaled, and cost a register that is not there.
         tile_q = 6 if unit.registers == 32 else 5
-        sample_blocking(sch, unit, tile_q=tile_q, span_panels=1)
+        sample_blocking(sch, unit, spec.k_len, tile_q=tile_q, span_panels=1)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from mega_tvm.tolerances import assert_parity
+from mega_tvm.tuning.space import Space
 from schedules.common.attention import AttentionSpec
 from schedules.common.attention_blocked import balanced_tiles
+from schedules.gated_attention.naive import gated_attention
+from schedules.laplace_attention.naive import laplace_attention
 from tests.schedules.cases import attention_case, attention_spec, sized
-from tests.schedules.harness import Kernel, run_naive, run_scheduled, scheduled
+from tests.schedules.harness import Kernel, cpu_target, run_naive, run_scheduled, scheduled
 
 LAPLACE = pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 
@@ -26,12 +29,23 @@ def _check(rng, target, spec: AttentionSpec, q=None, k=None, run=run_scheduled, 
     [
         (1, 2, 1, 1),
         (3, 7, 13, 3),
+        (2, 20, 40, 16),
         (2, 59, 100, 103),
         (1, 257, 13, 17),
     ],
 )
 def test_parity(rng, target, laplace, B, T, W, V) -> None:
     _check(rng, target, attention_spec(laplace, B, T, T, W, V))
+
+
+@LAPLACE
+@pytest.mark.parametrize(
+    ("keys", "vectors"), [(2, 1), (16, 1), (17, 2), (32, 2), (33, 4), (300, 4), ("seq_len", 4)]
+)
+def test_a_panel_is_no_wider_than_the_keys(laplace, keys, vectors) -> None:
+    naive = laplace_attention if laplace else gated_attention
+    func = naive(attention_spec(laplace, 1, keys, keys, 4))
+    assert Space.of(func, cpu_target("x86-64-v4")).hand["panel_vectors"] == vectors
 
 
 @LAPLACE
