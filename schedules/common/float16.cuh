@@ -12,10 +12,14 @@ __device__ __forceinline__ void mega_copy_async(half* to, int to_at, const half*
 }
 // The same, at once, from any alignment: the first of 8 halves, and zeros.
 __device__ __forceinline__ void mega_copy_halves(half* to, int to_at, const half* from, int from_at, int count) {
-  alignas(16) half piece[8];
+  const unsigned short* bits = (const unsigned short*)from + from_at;
+  unsigned pair[4];
 #pragma unroll
-  for (int i = 0; i < 8; i++) piece[i] = i < count ? from[from_at + i] : __float2half(0.0f);
-  *(uint4*)(to + to_at) = *(const uint4*)piece;
+  for (int i = 0; i < 4; i++) {
+    unsigned low = 2 * i < count ? bits[2 * i] : 0, high = 2 * i + 1 < count ? bits[2 * i + 1] : 0;
+    pair[i] = low | high << 16;
+  }
+  *(uint4*)(to + to_at) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 __device__ __forceinline__ void mega_commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Until at most `left` groups of this thread's copies are under way.
