@@ -61,6 +61,9 @@ __device__ __forceinline__ unsigned mega_pack(float x, float y) {
   half2 pair = __floats2half2_rn(x, y);
   return *(unsigned*)&pair;
 }
+__device__ __forceinline__ void mega_store_pair(half* s, int at, float x, float y) {
+  *(unsigned*)(s + at) = mega_pack(x, y);
+}
 __device__ __forceinline__ void mega_normalize_pair(unsigned* r, float mean, float scale) {
   float2 pair = __half22float2(*(half2*)r);
   *r = mega_pack((pair.x - mean) * scale, (pair.y - mean) * scale);

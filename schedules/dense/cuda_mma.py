@@ -23,7 +23,15 @@ import dataclasses
 from tvm import tirx
 from tvm.script import tirx as T
 
-from ..common.cuda_threads import BARRIER_CYCLES, L2_BYTES, MULTIPROCESSORS, SCHEDULERS, WARP
+from ..common.cuda_threads import (
+    BARRIER_CYCLES,
+    L2_BYTES,
+    MMA_CYCLES,
+    MMA_LATENCY,
+    MULTIPROCESSORS,
+    SCHEDULERS,
+    WARP,
+)
 from ..common.dims import DimVars, ceil_div, known_rows
 from ..normed_dense.naive import NormedDenseSpec
 from .cuda_epilogue import block_statistics, finish
@@ -35,10 +43,6 @@ CHUNK = 8  # halves of a 16-byte copy
 _CHUNKS = STEP_K // CHUNK
 _SHARED_BYTES = 40 * 1024  # of 48 KB
 _MOST_STAGES = 4
-# An A100's tensor core multiplies 16x16 by 16x8 in 8 cycles (1024 FMA a cycle and multiprocessor:
-# NVIDIA's A100 whitepaper, 2020); its result is there after about 33.
-MMA_CYCLES = 8
-MMA_LATENCY = 33
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,12 @@ ATTENTIONS = {
     "B1-Q5-K70-W17-V9": (1, 5, 70, 17, 9, {}),
     "B1-Q1-K300-W40-V70": (1, 1, 300, 40, 70, {}),
 }
+# queries, keys, width, width of values; block_q, columns: several tiles of keys, blocks of columns
+TILES = {
+    "Q150-W72-V200-16x256": (150, 150, 72, 200, 16, 256),
+    "Q40-K203-W40-V72-32x64": (40, 203, 40, 72, 32, 64),
+    "Q70-K130-W33-V130-64x128": (70, 130, 33, 130, 64, 128),
+}
 
 
 def rng():
@@ -118,3 +124,26 @@ def test_attention(name: str, laplace: bool) -> None:
 
     *sizes, options = ATTENTIONS[name]
     check(stored_in_half(attention_case(rng(), attention_spec(laplace, *sizes, **options))), name)
+
+
+@pytest.mark.parametrize("name", TILES)
+@in_emulator
+def test_attention_in_tiles(name: str) -> None:
+    from tests.cuda.harness import check, stored_in_half
+    from tests.schedules.cases import attention_case, attention_spec
+
+    *sizes, block_q, columns = TILES[name]
+    case = stored_in_half(attention_case(rng(), attention_spec(False, 1, *sizes)))
+    check(case, name, orders=(1, 2), block_q=block_q, columns=columns)
+
+
+@pytest.mark.parametrize("tile", [0, 7, -1], ids=["smallest", "middle", "largest"])
+@in_emulator
+def test_dense_in_tiles(tile: int) -> None:
+    from schedules.dense.cuda_mma import mma_tiles
+    from tests.cuda.harness import check, stored_in_half
+    from tests.schedules.cases import dense_case
+
+    index = tile % len(mma_tiles())
+    case = stored_in_half(dense_case(rng(), DenseSpec((130,), 104, 70, residual=True)), wide=[2])
+    check(case, str(mma_tiles()[index]), orders=(2,), tile=index)

@@ -30,9 +30,9 @@ needs_tools = pytest.mark.skipif(
 )
 
 
-def _attention(kind, length: int):
-    sizes = {"batch": 1, "q_len": length, "k_len": length, "width": 256, "value_width": 256}
-    strides = dict.fromkeys(("q_stride", "k_stride", "v_stride", "gate_stride"), 256)
+def _attention(kind, length: int, width: int = 256):
+    sizes = {"batch": 1, "q_len": length, "k_len": length, "width": width, "value_width": width}
+    strides = dict.fromkeys(("q_stride", "k_stride", "v_stride", "gate_stride"), width)
     return kind(**sizes, **strides)
 
 
@@ -72,6 +72,17 @@ HALF_KERNELS = {
         _in_half(ema_scan_dense(EmaScanDenseSpec(1, 60, 16, 256, residual=True)), 1, 3),
         64,
         False,
+    ),
+    "half_softmax": (_in_half(gated_attention(_attention(GatedAttentionSpec, 60))), 96, True),
+    "half_softmax_long": (
+        _in_half(gated_attention(_attention(GatedAttentionSpec, 4096))),
+        168,
+        True,
+    ),
+    "half_softmax_512": (
+        _in_half(gated_attention(_attention(GatedAttentionSpec, 4096, 512))),
+        168,
+        True,
     ),
     "half_laplace": (_in_half(laplace_attention(_attention(LaplaceAttentionSpec, 60))), 96, False),
 }

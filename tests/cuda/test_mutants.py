@@ -7,7 +7,15 @@ import pytest
 from tests.cuda.emulator.worker import in_emulator
 
 # Every barrier of every kernel, by the number of barriers.
-BARRIERS = {"tiles": 2, "few_rows": 1, "scan": 2, "attention": 4, "row": 3, "mma": 1}
+BARRIERS = {
+    "tiles": 2,
+    "few_rows": 1,
+    "scan": 2,
+    "attention": 4,
+    "row": 3,
+    "mma": 1,
+    "mma_attention": 4,
+}
 # kernel, pattern, replacement, which match; what shows it
 INDICES = {
     "a_row_too_many_read": ("tiles", r"< 59\)\) \{", "< 60)) {", 0, "out of bounds"),
@@ -42,6 +50,23 @@ INDICES = {
         0,
         "outside tolerance",
     ),
+    "values_not_waited_for": ("mma_attention", r"mega_wait_copies\(2\);", "", 1, "still filling"),
+    "keys_of_another_half": (
+        "mma_attention",
+        r"(mega_mma\(s_ptr.*), 2\);",
+        r"\1, 0);",
+        0,
+        "outside tolerance",
+    ),
+    "values_not_turned": ("mma_attention", "_transposed", "", 0, "outside tolerance"),
+    "a_sum_of_too_few_lanes": (
+        "mma_attention",
+        r"(total_ptr\S* \+ __shfl\w+\(.*), 2, 32\)",
+        r"\1, 0, 32)",
+        0,
+        "outside tolerance",
+    ),
+    "a_key_too_many": ("mma_attention", r" <= ", " <= 1 + ", 9, "outside tolerance"),
     "a_row_too_many_copied": ("mma", r"< 59\)", "< 60)", 0, "out of bounds"),
     "not_quite_causal": ("attention", r" <= ", " < ", 0, ""),
 }

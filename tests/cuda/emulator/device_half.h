@@ -44,6 +44,9 @@ static __forceinline__ uint32_t mega_pack(float x, float y) {
   memcpy(&bits, pair, 4);
   return bits;
 }
+static __forceinline__ void mega_store_pair(half* s, int at, float x, float y) {
+  *(uint32_t*)(s + at) = mega_pack(x, y);
+}
 static __forceinline__ void emu_normalize_pair(uint32_t* r, float mean, float scale) {
   half pair[2];
   memcpy(pair, r, 4);
