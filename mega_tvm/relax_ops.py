@@ -22,7 +22,7 @@ from schedules.cached_attention.naive import CachedAttentionSpec
 from schedules.cached_attention.naive import cached_attention as naive_cached_attention
 from schedules.common.dims import Dim, Extent
 from schedules.common.spec import KernelSpec
-from schedules.common.storage import FLOAT32, stored_as
+from schedules.common.storage import FLOAT32, NARROW, stored_as
 from schedules.dense.naive import DenseSpec
 from schedules.dense.naive import dense as naive_dense
 from schedules.ema_scan.naive import EmaScanSpec
@@ -98,12 +98,13 @@ def call_kernel(
     bb: relax.BlockBuilder, spec: KernelSpec, func: tvm.tirx.PrimFunc, call: relax.Call
 ) -> relax.Expr:
     """Legalize a call to that of a kernel, on tensors of the types that the call has."""
-    name, dtypes = spec.name, [_dtype_of(tensor) for tensor in (*call.args, call)]
-    if set(dtypes) != {FLOAT32}:
-        func = stored_as(func, dtypes)
+    name = str(spec.name)  # type: ignore[attr-defined]
+    dtypes = [_dtype_of(tensor) for tensor in (*call.args, call)]
+    if narrow := set(dtypes) & NARROW:
+        func = stored_as(func, [dtype if dtype in narrow else FLOAT32 for dtype in dtypes])
         name += f"_{dtypes[0]}"
     # 8 is kOpaque: TVM's fusion must not merge a kernel that has its own schedule.
-    gvar = bb.add_func(func.with_attr("op_pattern", 8), name)  # type: ignore[attr-defined]
+    gvar = bb.add_func(func.with_attr("op_pattern", 8), name)
     return relax.call_tir(gvar, list(call.args), call.ty)
 
 

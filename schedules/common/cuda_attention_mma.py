@@ -266,11 +266,14 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFu
             pair[e] = acc[at + e] / (total + T.float32(ATTENTION_EPS))
         if pairs:
             if col < V:
-                for e in T.vectorized(2):
-                    if has_gate:
-                        out[b, row, col + e] = gate[b, row, spec.gate_offset + col + e] * pair[e]
-                    else:
-                        out[b, row, col + e] = pair[e]
+                if has_gate:
+                    g = T.alloc_buffer((2,), "float32", scope="local")
+                    start = T.meta_var((b * Q + row) * spec.gate_stride + spec.gate_offset + col)
+                    T.call_extern("void", "mega_load_pair", g.data, gate.data, start)
+                    for e in T.unroll(2):
+                        pair[e] = g[e] * pair[e]
+                to = T.meta_var((b * Q + row) * V + col)
+                T.call_extern("void", "mega_store_pair", out.data, to, pair[0], pair[1])
         else:
             for e in T.unroll(2):
                 if col + e < V:

@@ -40,6 +40,10 @@ __device__ __forceinline__ void mega_load_halves(float* r, const half* from, int
     r[2 * i] = pair.x, r[2 * i + 1] = pair.y;
   }
 }
+__device__ __forceinline__ void mega_load_pair(float* r, const half* from, int from_at) {
+  float2 pair = __half22float2(*(const half2*)(from + from_at));
+  r[0] = pair.x, r[1] = pair.y;
+}
 // Four 8x8 matrices of halves; each lane gives the address of a row (PTX ISA, "ldmatrix").
 __device__ __forceinline__ void mega_load_matrices(unsigned* r, int at, const half* s, int s_at) {
   unsigned address = (unsigned)__cvta_generic_to_shared(s + s_at);

@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.ir.expr import Call, TensorLoad, TensorRegion
 
 FLOAT32 = "float32"
+NARROW = frozenset({"float16"})  # what tensors may be instead
 _DATA = "tirx.buffer_data"
 # On a naive PrimFunc: the types of the tensors that its schedule shall take, in order.
 STORAGE_ATTR = "mega.storage"
@@ -30,8 +31,7 @@ def stored_as(func: tirx.PrimFunc, dtypes: Sequence[str]) -> tirx.PrimFunc:
     Parameters
     ----------
     func : PrimFunc
-        Unscheduled or written out; of its tensors those named float32 in ``dtypes`` stay as they
-        are.
+        Unscheduled or written out; tensors whose type is said to be float32 stay as they are.
     dtypes : sequence of str
         The type of each parameter.
 
@@ -70,6 +70,23 @@ def stored_as(func: tirx.PrimFunc, dtypes: Sequence[str]) -> tirx.PrimFunc:
         buffers[node.buffer] = node.buffer.with_dtype(source.ty.dtype)
         return tirx.DeclBuffer(buffers[node.buffer], data=source.data)
 
+    def loop(node: tirx.For) -> tirx.Stmt:
+        # TVM's code generator keeps the source of a vector that it converts, and takes it again for
+        # the same text, though a local buffer may have changed: stores are converted one by one.
+        if node.kind != tirx.ForKind.VECTORIZED:
+            return node
+        rounds = []
+
+        def look(store: tirx.BufferStore) -> tirx.Stmt:
+            rounds.append(not renew(store.buffer).same_as(store.buffer))
+            return store
+
+        tvm_ffi.structural_map(node.body, [(tirx.BufferStore, look)])
+        if not any(rounds):
+            return node
+        unrolled = tirx.ForKind.UNROLLED
+        return tirx.For(node.loop_var, node.min, node.extent, unrolled, node.body)
+
     def address(node: Call) -> tirx.PrimExpr:
         if getattr(node.op, "name", "") != _DATA or renew(node.args[0]).same_as(node.args[0]):
             return node
@@ -78,6 +95,7 @@ def stored_as(func: tirx.PrimFunc, dtypes: Sequence[str]) -> tirx.PrimFunc:
     body = tvm_ffi.structural_map(
         func.body,
         [
+            (tirx.For, loop),
             (TensorLoad, load),
             (tirx.BufferStore, store),
             (TensorRegion, lambda node: tirx.BufferRegion(renew(node.source), node.region)),

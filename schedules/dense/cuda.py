@@ -36,7 +36,7 @@ from ..common.dims import ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
 from ..common.storage import storage_of
 from . import cuda_mma
-from .cuda_mma import MmaTile, fragment_layout, mma_dense, mma_tiles
+from .cuda_mma import fragment_layout, mma_dense, mma_tiles
 from .cuda_rows import MAX_ROWS, few_rows_dense, rows_layout
 from .cuda_tiles import STEP_K, THREAD_N, Tile, tile_layout, tiled_dense
 from .naive import DenseSpec
@@ -67,11 +67,12 @@ def sample(sch: Schedule, spec: DenseSpec, *, half: bool) -> None:
     if known_rows(spec.lead) <= MAX_ROWS:
         decisions.sample(sch, "width", WIDTHS, row_width(spec))
     else:
-        candidates: list[Tile] | list[MmaTile] = mma_tiles() if half else tiles()
-        estimate_of = cuda_mma.estimated_cycles if half else estimated_cycles
-        cycles = [estimate_of(spec, tile) for tile in candidates]
+        if half:
+            cycles = [cuda_mma.estimated_cycles(spec, tile) for tile in mma_tiles()]
+        else:
+            cycles = [estimated_cycles(spec, tile) for tile in tiles()]
         best = max(i for i, estimate in enumerate(cycles) if estimate == min(cycles))
-        decisions.sample(sch, "tile", range(len(candidates)), best)
+        decisions.sample(sch, "tile", range(len(cycles)), best)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -92,9 +93,9 @@ def write(func: tirx.PrimFunc, spec: DenseSpec) -> ScheduledKernel:
         layout = rows_layout(spec, chosen["width"])
         kernel = few_rows_dense(spec, chosen["width"], half=in_half(func))
     elif in_half(func):
-        tile = mma_tiles()[chosen["tile"]]
-        layout = fragment_layout(spec, tile)
-        kernel = mma_dense(spec, tile)
+        mma_tile = mma_tiles()[chosen["tile"]]
+        layout = fragment_layout(spec, mma_tile)
+        kernel = mma_dense(spec, mma_tile)
     else:
         tile = tiles()[chosen["tile"]]
         layout = tile_layout(spec, tile)

@@ -189,11 +189,13 @@ def mma_dense(spec: DenseSpec, tile: MmaTile) -> tirx.PrimFunc:
             pair[e] = finish(spec, acc[at + e], acc[at + 4 + e] if swiglu else None, col + e)
         if even:
             if col < out_n:
-                for e in T.vectorized(2):
-                    if has_residual:
-                        y[row, col + e] = residual[row, col + e] + pair[e]
-                    else:
-                        y[row, col + e] = pair[e]
+                at_y = T.meta_var(row * out_n + col)
+                if has_residual:
+                    r = T.alloc_buffer((2,), "float32", scope="local")
+                    T.call_extern("void", "mega_load_pair", r.data, residual.data, at_y)
+                    for e in T.unroll(2):
+                        pair[e] = r[e] + pair[e]
+                T.call_extern("void", "mega_store_pair", y.data, at_y, pair[0], pair[1])
         else:
             for e in T.unroll(2):
                 if col + e < out_n:

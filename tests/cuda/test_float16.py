@@ -17,6 +17,7 @@ DENSE = {
     "M59-K40-N129-residual": ((1, 59), 40, 129, {"residual": True}),
     "M14-K13-N17-sigmoid": ((2, 7), 13, 17, {"sigmoid_from": 5}),
     "M59-K24-N112-swiglu": ((59,), 24, 112, {"swiglu": True}),
+    "M32-K32-N64": ((2, 16), 32, 64, {}),  # one step, and no row or column to guard
     "M257-K168-N46-swiglu-residual": ((257,), 168, 46, {"swiglu": True, "residual": True}),
 }
 NORMED = {

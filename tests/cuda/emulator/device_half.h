@@ -24,6 +24,10 @@ static __forceinline__ void mega_load_halves(float* r, const half* from, int fro
   EmuPiece piece = *(const EmuPiece*)(from + from_at);
   for (int i = 0; i < 8; i++) r[i] = (float)piece.at[i];
 }
+static __forceinline__ void mega_load_pair(float* r, const half* from, int from_at) {
+  half2 pair = *(const half2*)(from + from_at);
+  r[0] = (float)pair.x, r[1] = (float)pair.y;
+}
 static __forceinline__ void emu_load_matrices(uint32_t* r, const half* s, bool transposed, int line) {
   EmuMatrices lane;
   *(EmuPiece*)lane.row = *(const EmuPiece*)s;
