@@ -18,6 +18,7 @@ from reference import MegaConfig
 from reference.config import ConfigError
 
 from .console import console, print_settings, run_command
+from .dtypes import check_dtype
 from .errors import CompileError
 
 if TYPE_CHECKING:
@@ -131,7 +132,11 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the code of streams, which are fed frame by frame",
     )
-    add("--dtype", default="float32", help="type of weights and arithmetic (float32)")
+    add(
+        "--dtype",
+        default="float32",
+        help="type of weights and activations: float32 (default); float16 on GPUs",
+    )
     add(
         "--tuning-log",
         type=Path,
@@ -215,6 +220,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         from .targets import CpuTarget, resolve_target
 
     on_cpu = isinstance(resolve_target(arguments.target), CpuTarget)
+    check_dtype(arguments.dtype, arguments.target, on_gpu=not on_cpu)
     model: Path | MegaConfig | None = file
     if model is None:
         model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})

@@ -17,6 +17,7 @@ from reference import MegaConfig
 
 from .artifact import check_destination, write_artifact
 from .cuda.target import CudaTarget
+from .dtypes import check_dtype
 from .errors import CompileError
 from .frontend.onnx import OnnxModel, import_onnx
 from .frontend.torch import import_module
@@ -31,7 +32,6 @@ from .tolerances import compare
 from .tuning.lookup import FOUND, TunedSchedules, find_logs
 from .weights import Checkpoint
 
-DTYPES = ("float32",)
 DEFAULT_OUTPUT = "mega.so"
 # Query-key pairs beyond which the float64 reference takes longer than the compile: 512^2 at 4
 # layers.
@@ -89,7 +89,8 @@ def compile_model(
         Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
         that mixes timesteps; all on a GPU) are compiled without; the manifest says why.
     dtype : str
-        Type of weights and arithmetic: ``float32``.
+        Type of weights and of what kernels hand on: ``float32``; on GPUs also ``float16``. Sums,
+        states, statistics, and the input and output of a call are float32 always.
     output : path-like
         Where the library goes; ``OUT.json`` goes beside it.
     options : mapping, optional
@@ -126,8 +127,7 @@ def compile_model(
         Each says what was expected, what came, and what to do. Nothing is written then.
     """
     resolved = resolve_target(target)
-    if dtype not in DTYPES:
-        raise CompileError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    check_dtype(dtype, target, on_gpu=isinstance(resolved, CudaTarget))
     check_destination(Path(os.path.abspath(output)))  # now, not after the compile
     source = resolve_model(model, options, seed)
     shapes = input_shapes(source, batch, seq_len, input_shape)
@@ -148,6 +148,7 @@ def compile_model(
         return run_pipeline(
             tvm.IRModule({**mod.functions, **plan.functions, **streaming.functions}),
             resolved,
+            dtype=dtype,
             tuned=tuned,
             on_scheduled=lambda: _check_tuning(tuned, strict, on_tuning),
             disabled_passes=disabled_passes,

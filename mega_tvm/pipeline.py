@@ -35,8 +35,10 @@ from schedules.registry import hand_schedule, kernel_op
 
 from .aot import RUN_SUFFIX, add_run_functions, tensor_block
 from .cuda.lowering import generated_source, launch_threads, lower_cuda
+from .cuda.narrow_tensors import narrow_tensors
 from .cuda.passes import CUDA_PASSES
 from .cuda.target import CudaTarget
+from .dtypes import FLOAT32
 from .errors import CompileError, UnsupportedModelError
 from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functions
 from .packing import pack_phase
@@ -110,6 +112,7 @@ def run_pipeline(
     mod: tvm.IRModule,
     target: CpuTarget | CudaTarget,
     *,
+    dtype: str = FLOAT32,
     tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
@@ -124,6 +127,8 @@ def run_pipeline(
         As a frontend gives it: one Relax function an entry.
     target : CpuTarget or CudaTarget
         A CudaTarget takes entries of known shapes alone, without state.
+    dtype : str
+        Type of weights and activations: `mega_tvm.dtypes`.
     tuned : TunedSchedules, optional
         Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
@@ -160,6 +165,8 @@ def run_pipeline(
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
         passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+        if dtype != FLOAT32:
+            passes = (*passes, narrow_tensors(dtype))
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))

@@ -22,6 +22,7 @@ from schedules.cached_attention.naive import CachedAttentionSpec
 from schedules.cached_attention.naive import cached_attention as naive_cached_attention
 from schedules.common.dims import Dim, Extent
 from schedules.common.spec import KernelSpec
+from schedules.common.storage import FLOAT32, NARROW, stored_as
 from schedules.dense.naive import DenseSpec
 from schedules.dense.naive import dense as naive_dense
 from schedules.ema_scan.naive import EmaScanSpec
@@ -66,8 +67,12 @@ def dims_of(shape: Iterable[Extent]) -> tuple[Dim, ...]:
     return tuple(dims)
 
 
-def _tensor(shape: Sequence[int]) -> relax.TensorType:
-    return relax.TensorType(list(shape), "float32")
+def _tensor(shape: Sequence[int], dtype: str) -> relax.TensorType:
+    return relax.TensorType(list(shape), dtype)
+
+
+def _dtype_of(expr: relax.Expr) -> str:
+    return str(expr.ty.dtype)
 
 
 def register_operator(
@@ -81,7 +86,9 @@ def register_operator(
     op = Op.get(full)
     for arg in args:
         op.add_argument(arg, "Tensor", "")
-    register_op_attr(full, "FInferType", lambda call, _bb: _tensor(infer(call)))
+    register_op_attr(
+        full, "FInferType", lambda call, _bb: _tensor(infer(call), _dtype_of(call.args[0]))
+    )
     register_op_attr(full, "FPurity", True)
     register_op_attr(full, "FLegalize", legalize)
     return op
@@ -90,9 +97,14 @@ def register_operator(
 def call_kernel(
     bb: relax.BlockBuilder, spec: KernelSpec, func: tvm.tirx.PrimFunc, call: relax.Call
 ) -> relax.Expr:
-    """Legalize a call to that of a kernel."""
+    """Legalize a call to that of a kernel, on tensors of the types that the call has."""
+    name = str(spec.name)  # type: ignore[attr-defined]
+    dtypes = [_dtype_of(tensor) for tensor in (*call.args, call)]
+    if narrow := set(dtypes) & NARROW:
+        func = stored_as(func, [dtype if dtype in narrow else FLOAT32 for dtype in dtypes])
+        name += f"_{dtypes[0]}"
     # 8 is kOpaque: TVM's fusion must not merge a kernel that has its own schedule.
-    gvar = bb.add_func(func.with_attr("op_pattern", 8), spec.name)  # type: ignore[attr-defined]
+    gvar = bb.add_func(func.with_attr("op_pattern", 8), name)
     return relax.call_tir(gvar, list(call.args), call.ty)
 
 

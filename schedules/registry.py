@@ -13,6 +13,7 @@ from .cached_attention import cpu as cached_attention_cpu
 from .common.kernel import ScheduledKernel
 from .common.script_parsing import quick_parser_lookup
 from .common.spec import OP_ATTR
+from .common.storage import storage_of, stored_as
 from .dense import cpu as dense_cpu
 from .dense import cuda as dense_cuda
 from .ema_scan import cpu as ema_scan_cpu
@@ -81,7 +82,10 @@ def sample_decisions(func: tirx.PrimFunc, target: Target) -> Schedule:
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     """Write out the TensorIR that the decisions noted on a naive Mega kernel select."""
     with quick_parser_lookup():
-        return _kernel_schedule(func, target).generate(func, target)
+        kernel = _kernel_schedule(func, target).generate(func, target)
+    if dtypes := storage_of(func):
+        return ScheduledKernel(stored_as(kernel.func, dtypes), kernel.pack)
+    return kernel
 
 
 def hand_schedule(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:

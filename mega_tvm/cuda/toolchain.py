@@ -16,6 +16,8 @@ from pathlib import Path
 
 import tvm_ffi
 
+from schedules.common.cuda_device_code import add_device_code
+
 from ..errors import CompileError, TargetError
 from .nvidia_files import find_tool
 from .target import CudaTarget
@@ -76,7 +78,7 @@ def compile_fatbin(source: str, target: CudaTarget) -> bytes:
     nvcc = find_nvcc()
     with tempfile.TemporaryDirectory() as folder:
         code, output = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
-        code.write_text(source, encoding="utf-8")
+        code.write_text(add_device_code(source), encoding="utf-8")
         threads = ["--threads", str(len(os.sched_getaffinity(0)))]
         flags = ["--fatbin", *_FLAGS, *threads, *gencode_flags(target)]
         run_tool(

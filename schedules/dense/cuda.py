@@ -1,5 +1,7 @@
 """How a dense kernel runs on a GPU: in tiles (`cuda_tiles`), or few rows at once (`cuda_rows`).
 
+For float16, tiles are those of tensor cores (`cuda_mma`), whatever the sizes.
+
 Defaults are estimated, never measured so far: see `estimated_cycles` and `row_width`.
 
 ========================================  ==========  =========  =======  =======================
@@ -32,7 +34,10 @@ from ..common.cuda_threads import (
 )
 from ..common.dims import ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
+from ..common.storage import storage_of
 from ..normed_dense.naive import NormedDenseSpec
+from . import cuda_mma
+from .cuda_mma import fragment_layout, mma_dense, mma_tiles
 from .cuda_rows import MAX_ROWS, few_rows_dense, rows_layout
 from .cuda_tiles import STEP_K, THREAD_N, Tile, tile_layout, tiled_dense
 from .naive import DenseSpec
@@ -46,20 +51,29 @@ def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions of a dense kernel.
 
     With up to 8 rows that is ``width``, the columns of a block; with more, ``tile``, an index into
-    `tiles`.
+    `tiles`, or for float16 to `mma_tiles`.
     """
-    sample(sch, DenseSpec.of(sch.mod["main"]))
+    func = sch.mod["main"]
+    sample(sch, DenseSpec.of(func), half=in_half(func))
 
 
-def sample(sch: Schedule, spec: DenseSpec) -> None:
+def in_half(func: tirx.PrimFunc) -> bool:
+    """Whether a PrimFunc's rows, weights and output are float16: then tensor cores multiply."""
+    x, w, *_, y = storage_of(func) or ("",) * 3
+    return {x, w, y} == {"float16"}
+
+
+def sample(sch: Schedule, spec: DenseSpec, *, half: bool) -> None:
     """Sample the decisions for a specification."""
     if known_rows(spec.lead) <= MAX_ROWS:
         decisions.sample(sch, "width", WIDTHS, row_width(spec))
     else:
-        candidates = tiles()
-        cycles = [estimated_cycles(spec, tile) for tile in candidates]
+        if half:
+            cycles = [cuda_mma.estimated_cycles(spec, tile) for tile in mma_tiles()]
+        else:
+            cycles = [estimated_cycles(spec, tile) for tile in tiles()]
         best = max(i for i, estimate in enumerate(cycles) if estimate == min(cycles))
-        decisions.sample(sch, "tile", range(len(candidates)), best)
+        decisions.sample(sch, "tile", range(len(cycles)), best)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -78,7 +92,11 @@ def write(func: tirx.PrimFunc, spec: DenseSpec) -> ScheduledKernel:
     chosen = decisions.read(func)
     if known_rows(spec.lead) <= MAX_ROWS:
         layout = rows_layout(spec, chosen["width"])
-        kernel = few_rows_dense(spec, chosen["width"])
+        kernel = few_rows_dense(spec, chosen["width"], half=in_half(func))
+    elif in_half(func):
+        mma_tile = mma_tiles()[chosen["tile"]]
+        layout = fragment_layout(spec, mma_tile)
+        kernel = mma_dense(spec, mma_tile)
     else:
         tile = tiles()[chosen["tile"]]
         layout = tile_layout(spec, tile)

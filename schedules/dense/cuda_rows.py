@@ -1,7 +1,8 @@
 """A dense kernel for GPUs for few rows: as fast as the weights arrive.
 
 A block computes one narrow panel for all rows. Its threads split k between them: at each step they
-fetch a run of the panel in 16-byte pieces, and each keeps 4 columns of partial sums of every row.
+fetch a run of the panel in 16-byte pieces, and each keeps their 4 columns (8 of float16) of partial
+sums of every row.
 Partial sums meet in two steps: in a warp by shuffles, between warps in shared memory.
 """
 
@@ -26,11 +27,15 @@ def rows_layout(spec: DenseSpec, width: int) -> CudaLayout:
     return CudaLayout(spec, width, 1, width // 2)
 
 
-def few_rows_dense(spec: DenseSpec, width: int) -> tirx.PrimFunc:
-    """Return the kernel ``(x, w, b[, residual], y)`` on weights of `rows_layout`."""
+def few_rows_dense(spec: DenseSpec, width: int, *, half: bool) -> tirx.PrimFunc:
+    """Return the kernel ``(x, w, b[, residual], y)`` on weights of `rows_layout`.
+
+    With ``half`` it is right once `stored_as` has made the weights float16.
+    """
     M, K, out_n, swiglu = known_rows(spec.lead), spec.k, spec.out_n, spec.swiglu
     layout = rows_layout(spec, width)
-    across = width // 4  # threads side by side
+    piece = 8 if half else 4  # columns of a thread: 16 bytes of weights
+    across = width // piece  # threads side by side
     slices = THREADS // across
     steps = ceil_div(K, slices)
     out_width = width // 2 if swiglu else width
@@ -41,6 +46,15 @@ def few_rows_dense(spec: DenseSpec, width: int) -> tirx.PrimFunc:
         gate = acc + b[panel * width + j]
         other = up + b[panel * width + width // 2 + j] if swiglu else None
         return finish(spec, gate, other, col)
+
+    @T.inline
+    def load(w, piece_of, panel, k, col):
+        if half:
+            at = T.meta_var((panel * layout.padded_k + k) * width + col)
+            T.call_extern("void", "mega_load_halves", piece_of.data, w.data, at)
+        else:
+            for v in T.vectorized(4):
+                piece_of[v] = w[panel, k, col + v]
 
     @T.inline
     def write(sums, b, residual, y, panel, o):
@@ -67,27 +81,30 @@ def few_rows_dense(spec: DenseSpec, width: int) -> tirx.PrimFunc:
             for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
                 sums = T.alloc_buffer((WARPS, M, width), "float32", scope="shared")
                 stats = T.alloc_buffer((M, 2), "float32", scope="shared")
-                acc = T.alloc_buffer((M * 4,), "float32", scope="local")
-                w4 = T.alloc_buffer((4,), "float32", scope="local")
+                acc = T.alloc_buffer((M * piece,), "float32", scope="local")
+                w_piece = T.alloc_buffer((piece,), "float32", scope="local")
                 block_statistics(spec, x, stats, 0, M, tid, THREADS)
-                for i in T.unroll(M * 4):
+                for i in T.unroll(M * piece):
                     acc[i] = T.float32(0)
                 for i in T.serial(steps):
                     k = T.meta_var(i * slices + tid // across)
                     if k < K:
-                        for v in T.vectorized(4):
-                            w4[v] = w[panel, k, tid % across * 4 + v]
+                        load(w, w_piece, panel, k, tid % across * piece)
                         for m in T.unroll(M):
-                            for v in T.unroll(4):
-                                acc[m * 4 + v] = (
-                                    acc[m * 4 + v] + normalized(spec, x[m, k], stats, m) * w4[v]
+                            for v in T.unroll(piece):
+                                acc[m * piece + v] = (
+                                    acc[m * piece + v]
+                                    + normalized(spec, x[m, k], stats, m) * w_piece[v]
                                 )
-                for i in T.unroll(M * 4):
+                for i in T.unroll(M * piece):
                     lanes_sum(acc, i, across, WARP)
                 if tid % WARP < across:
-                    for m in T.unroll(M):
+                    for i in T.unroll(M * piece // 4):
                         for v in T.vectorized(4):
-                            sums[tid // WARP, m, tid % WARP * 4 + v] = acc[m * 4 + v]
+                            sums[
+                                tid // WARP, i * 4 // piece,
+                                tid % WARP * piece + i * 4 % piece + v,
+                            ] = acc[i * 4 + v]  # fmt: skip
                 for i in T.serial(ceil_div(outputs, THREADS)):
                     if i * THREADS + tid < outputs:
                         write(sums, b, residual, y, panel, i * THREADS + tid)

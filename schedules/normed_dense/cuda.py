@@ -18,7 +18,8 @@ from .naive import NormedDenseSpec
 
 def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions of `dense`."""
-    dense.sample(sch, NormedDenseSpec.of(sch.mod["main"]))
+    func = sch.mod["main"]
+    dense.sample(sch, NormedDenseSpec.of(func), half=dense.in_half(func))
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
@@ -13,10 +14,9 @@ from tvm import tirx
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.tolerances import assert_parity
 from schedules.common.kernel import ScheduledKernel
-from schedules.ema_scan.naive import EmaScanSpec
-from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
+from schedules.common.storage import storage_of, stored_as
 from tests.cuda.emulator import activate
-from tests.schedules.cases import Case, ema_case
+from tests.schedules.cases import Case
 from tests.schedules.harness import scheduled as scheduled_for
 
 TARGET = resolve_cuda("cuda").tvm_target()
@@ -27,20 +27,6 @@ ORDERS = (0, 1, 2)
 def scheduled(func: tirx.PrimFunc, **decisions: int) -> ScheduledKernel:
     """Schedule a naive kernel; ``decisions`` replace the defaults."""
     return scheduled_for(func, TARGET, **decisions)
-
-
-def scan_dense_case(
-    rng: np.random.Generator, batch: int, length: int, channels: int, n: int, residual: bool
-) -> Case:
-    """Return a case of `ema_scan_dense`."""
-    scan = ema_case(rng, EmaScanSpec(batch, length, channels))
-    w, b = (rng.standard_normal(s, dtype=np.float32) for s in ((channels, n), n))
-    expected, more = scan.expected @ w + b, ()
-    if residual:
-        more = (rng.standard_normal(expected.shape, dtype=np.float32),)
-        expected = expected + more[0]
-    func = ema_scan_dense(EmaScanDenseSpec(batch, length, channels, n, residual))
-    return Case(func, (*scan.inputs, w, b, *more), expected)
 
 
 def unchanged(source: str) -> str:
@@ -68,6 +54,7 @@ class Kernel:
 
     def __init__(self, kernel: ScheduledKernel, mutate: Callable[[str], str] = unchanged) -> None:
         self.pack = kernel.pack
+        self.dtypes = storage_of(kernel.func) or ("float32",) * len(kernel.func.params)
         module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
         with compiled_for_emulator(mutate):
             self.compiled = tvm.compile(module, TARGET)
@@ -77,12 +64,22 @@ class Kernel:
         """Run on unpacked inputs; return the output, which starts as NaN, and the reports."""
         packed = [self.pack[i](a) if i in self.pack else a for i, a in enumerate(inputs)]
         # An array passed twice stays one array; an allocation has exactly its array's size.
-        shared = {id(a): tvm.runtime.tensor(a, tvm.cuda(0)) for a in packed}
-        out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32), tvm.cuda(0))
+        shared = {
+            id(a): tvm.runtime.tensor(a.astype(dtype), tvm.cuda(0))
+            for a, dtype in zip(packed, self.dtypes, strict=False)
+        }
+        out = tvm.runtime.tensor(np.full(shape, np.nan, self.dtypes[-1]), tvm.cuda(0))
         activate.set_order(order)
         with activate.watched() as reports:
             self.main(*(shared[id(a)] for a in packed), out)
-        return out.numpy(), reports
+        return out.numpy().astype(np.float32), reports
+
+
+def stored_in_half(case: Case, wide: Sequence[int] = ()) -> Case:
+    """Return a case on float16 tensors; the inputs at ``wide`` stay float32."""
+    count = len(case.inputs)
+    dtypes = ["float32" if i in wide else "float16" for i in range(count + 1)]
+    return dataclasses.replace(case, func=stored_as(case.func, dtypes))
 
 
 def check(case, name: str, orders: Sequence[int] = ORDERS, **decisions: int) -> None:
@@ -91,4 +88,7 @@ def check(case, name: str, orders: Sequence[int] = ORDERS, **decisions: int) -> 
     for order in orders:
         out, reports = kernel(case.inputs, case.expected.shape, order)
         assert not reports, f"{name}, order {order}:\n" + "\n".join(reports)
-        assert_parity(out, case.expected, name=f"{name}, order {order}", condition=case.condition)
+        assert_parity(
+            out, case.expected, kernel.dtypes[-1], name=f"{name}, order {order}",
+            condition=case.condition,
+        )  # fmt: skip

@@ -25,13 +25,22 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def compiled(case: str, target: str = "cuda") -> tuple[Path, Golden, list[str]]:
+def compiled(
+    case: str, dtype: str = "float32", target: str = "cuda"
+) -> tuple[Path, Golden, list[str]]:
     """Compile a golden case; return the library, the case, and what kernels did wrong meanwhile."""
     found = golden(case, FORMS.get(case, "plain"))
     batch, seq_len, _ = found.x.shape
-    output = Path(_folder().name) / f"{case}.so"
+    output = Path(_folder().name) / f"{case}_{dtype}.so"
     with activate.watched() as reports:  # the compiler runs what it compiled
-        compile_model(found.checkpoint, target=target, batch=batch, seq_len=seq_len, output=output)
+        compile_model(
+            found.checkpoint,
+            target=target,
+            batch=batch,
+            seq_len=seq_len,
+            dtype=dtype,
+            output=output,
+        )
     return output, found, reports
 
 

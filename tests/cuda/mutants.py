@@ -10,7 +10,9 @@ import numpy as np
 from mega_tvm.tolerances import compare
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
-from tests.cuda.harness import Kernel, scan_dense_case, scheduled
+from schedules.ema_scan_dense.naive import EmaScanDenseSpec
+from tests.cuda.fused_cases import scan_dense_case
+from tests.cuda.harness import Kernel, scheduled, stored_in_half
 from tests.schedules.cases import Case, attention_case, attention_spec, dense_case, ema_case
 
 Mutation = Callable[[str], str]
@@ -24,8 +26,17 @@ def case_of(kernel: str) -> tuple[Case, dict[str, int]]:
         "few_rows": lambda: dense_case(rng, DenseSpec((3,), 40, 33)),
         "scan": lambda: ema_case(rng, EmaScanSpec(1, 59, 16)),
         "long_scan": lambda: (ema_case(rng, EmaScanSpec(1, 150, 16)), {"segment": 64}),
-        "scan_dense": lambda: (scan_dense_case(rng, 1, 59, 16, 40, True), {"segmented": 1}),
+        "scan_dense": lambda: (
+            scan_dense_case(rng, EmaScanDenseSpec(1, 59, 16, 40, residual=True)),
+            {"segmented": 1},
+        ),
         "attention": lambda: attention_case(rng, attention_spec(False, 1, 70, 70, 40)),
+        "mma": lambda: stored_in_half(
+            dense_case(rng, DenseSpec((59,), 200, 34, residual=True)), wide=[2]
+        ),
+        "mma_attention": lambda: stored_in_half(
+            attention_case(rng, attention_spec(False, 1, 70, 150, 72))
+        ),
         "row": lambda: attention_case(rng, attention_spec(False, 1, 1, 300, 40)),
     }[kernel]()
     return found if isinstance(found, tuple) else (found, {})
@@ -63,5 +74,5 @@ def caught(kernel: str, mutation: Mutation) -> str | None:
     out, reports = mutant(case.inputs, case.expected.shape)
     if reports:
         return reports[0]
-    parity = compare(out, case.expected, condition=case.condition)
+    parity = compare(out, case.expected, mutant.dtypes[-1], condition=case.condition)
     return None if parity.ok else str(parity)

@@ -25,56 +25,46 @@ SCANS = {
 @pytest.mark.parametrize("name", NORMED)
 @in_emulator
 def test_normed_dense(name: str) -> None:
-    from reference import numpy_mega as reference
-    from schedules.normed_dense.naive import NormedDenseSpec, normed_dense
+    from schedules.normed_dense.naive import NormedDenseSpec
+    from tests.cuda.fused_cases import normed_case
     from tests.cuda.harness import check
-    from tests.schedules.cases import Case, dense_case
 
     lead, k, n, options = NORMED[name]
-    spec = NormedDenseSpec(lead, k, n, **options)
-    rng = np.random.default_rng(0)
-    plain = dense_case(rng, spec)
-    x, w, b, *residual = plain.inputs
-    x = (3 * x + 1).astype(np.float32)
-    if spec.clamp_variance:
-        x[0] *= np.float32(1e-3)  # below eps, where the forms differ
-    form = "axon-0.8.0" if spec.clamp_variance else "plain"
-    normed = reference.layer_norm(x.astype(np.float64), np.ones(k), np.zeros(k), form)
-    y = normed @ w + b
-    if spec.swiglu:
-        gate, up = np.split(y, 2, axis=-1)
-        y = gate * reference.sigmoid(gate) * up
-    elif spec.sigmoid_from >= 0:
-        y[..., spec.sigmoid_from :] = reference.sigmoid(y[..., spec.sigmoid_from :])
-    expected = y + residual[0] if residual else y
-    check(Case(normed_dense(spec), (x, w, b, *residual), expected), name)
+    check(normed_case(np.random.default_rng(0), NormedDenseSpec(lead, k, n, **options)), name)
 
 
 @pytest.mark.parametrize("name", SCANS)
 @in_emulator
 def test_ema_scan_dense(name: str) -> None:
-    from tests.cuda.harness import check, scan_dense_case
+    from schedules.ema_scan_dense.naive import EmaScanDenseSpec
+    from tests.cuda.fused_cases import scan_dense_case
+    from tests.cuda.harness import check
 
-    check(scan_dense_case(np.random.default_rng(0), *SCANS[name]), name)
+    check(scan_dense_case(np.random.default_rng(0), EmaScanDenseSpec(*SCANS[name])), name)
 
 
 @pytest.mark.parametrize("length", [1, 7, 59, 257, 1000])
 @in_emulator
 def test_ema_scan_dense_in_segments(length: int) -> None:
     """As long sequences are scanned, by two launches."""
-    from tests.cuda.harness import check, scan_dense_case
+    from schedules.ema_scan_dense.naive import EmaScanDenseSpec
+    from tests.cuda.fused_cases import scan_dense_case
+    from tests.cuda.harness import check
 
     for channels, rows in ((16, 8), (3, 32)):
-        case = scan_dense_case(np.random.default_rng(0), 2, length, channels, 36, True)
+        spec = EmaScanDenseSpec(2, length, channels, 36, residual=True)
+        case = scan_dense_case(np.random.default_rng(0), spec)
         check(case, f"D{channels}", orders=(0, 2), rows=rows, segmented=1)
 
 
 @in_emulator
 def test_long_sequences_are_scanned_in_segments() -> None:
     from mega_tvm.cuda.lowering import launch_threads
-    from tests.cuda.harness import Kernel, scan_dense_case, scheduled
+    from schedules.ema_scan_dense.naive import EmaScanDenseSpec
+    from tests.cuda.fused_cases import scan_dense_case
+    from tests.cuda.harness import Kernel, scheduled
 
     for length, launches in ((60, 1), (4096, 2)):
-        case = scan_dense_case(np.random.default_rng(0), 1, length, 16, 8, False)
+        case = scan_dense_case(np.random.default_rng(0), EmaScanDenseSpec(1, length, 16, 8))
         kernel = Kernel(scheduled(case.func))
         assert len(launch_threads(kernel.compiled)) == launches

@@ -16,6 +16,7 @@ from mega_tvm.cuda.nvidia_files import find_tool
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.errors import CompileError, MegaError, TargetError
 from mega_tvm.inspect import main as inspect_main
+from schedules.common.storage import stored_as
 from schedules.dense.naive import DenseSpec, dense
 from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
 from schedules.gated_attention.naive import GatedAttentionSpec, gated_attention
@@ -31,9 +32,9 @@ needs_tools = pytest.mark.skipif(
 )
 
 
-def _attention(kind, length: int):
-    sizes = {"batch": 1, "q_len": length, "k_len": length, "width": 256, "value_width": 256}
-    strides = dict.fromkeys(("q_stride", "k_stride", "v_stride", "gate_stride"), 256)
+def _attention(kind, length: int, width: int = 256):
+    sizes = {"batch": 1, "q_len": length, "k_len": length, "width": width, "value_width": width}
+    strides = dict.fromkeys(("q_stride", "k_stride", "v_stride", "gate_stride"), width)
     return kind(**sizes, **strides)
 
 
@@ -80,12 +81,53 @@ KERNELS = {
 }
 
 
+def _in_half(func, *wide: int):
+    """The tensors at ``wide`` stay float32."""
+    count = len(func.params)
+    return stored_as(func, ["float32" if i in wide else "float16" for i in range(count)])
+
+
+# The same on float16 tensors. Name to: naive kernel, most registers, tensor cores.
+HALF_KERNELS = {
+    "half_large": (_in_half(dense(DenseSpec((1920,), 256, 768, residual=True)), 2), 168, True),
+    "half_small": (_in_half(dense(DenseSpec((1, 60), 256, 768, sigmoid_from=512)), 2), 64, True),
+    "half_narrow": (_in_half(normed_dense(NormedDenseSpec((1, 60), 256, 16)), 2), 64, True),
+    "half_unaligned": (_in_half(dense(DenseSpec((1, 60), 287, 256)), 2), 64, True),
+    "half_row": (_in_half(dense(DenseSpec((1, 1), 256, 256)), 2), 64, False),
+    "half_swiglu": (
+        _in_half(normed_dense(NormedDenseSpec((1, 60), 256, 1376, swiglu=True)), 2),
+        64,
+        True,
+    ),
+    "half_scan": (
+        _in_half(ema_scan_dense(EmaScanDenseSpec(1, 60, 16, 256, residual=True)), 1, 3),
+        64,
+        False,
+    ),
+    "half_softmax": (_in_half(gated_attention(_attention(GatedAttentionSpec, 60))), 96, True),
+    "half_softmax_long": (
+        _in_half(gated_attention(_attention(GatedAttentionSpec, 4096))),
+        168,
+        True,
+    ),
+    "half_softmax_512": (
+        _in_half(gated_attention(_attention(GatedAttentionSpec, 4096, 512))),
+        168,
+        True,
+    ),
+    "half_laplace": (_in_half(laplace_attention(_attention(LaplaceAttentionSpec, 60))), 96, False),
+}
+
+
 @pytest.fixture(scope="module")
 def generated():
     """The CUDA C of all kernels."""
     functions = {
-        name: hand_schedule(budget.func, TARGET.tvm_target()).func.with_attr("global_symbol", name)
-        for name, budget in KERNELS.items()
+        name: hand_schedule(func, TARGET.tvm_target()).func.with_attr("global_symbol", name)
+        for name, func in (
+            *((name, budget.func) for name, budget in KERNELS.items()),
+            *((name, func) for name, (func, *_) in HALF_KERNELS.items()),
+        )
     }
     return tvm.compile(tvm.IRModule(functions), TARGET.tvm_target())
 
@@ -111,6 +153,21 @@ def test_budgets(kernels, name, arch) -> None:
     assert kernel.count(r"LDG\S*\.128") >= budget.loads * kernel.count("LDG")
     assert kernel.count("STG") - kernel.count(r"STG\S*\.128") <= budget.stores
     assert kernel.loop_share("FFMA") >= budget.ffma
+
+
+@needs_nvcc
+@needs_tools
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", HALF_KERNELS)
+def test_budgets_in_half(kernels, name, arch) -> None:
+    _, registers, tensor_cores = HALF_KERNELS[name]
+    kernel = kernels[f"{name}_kernel", arch]
+    assert kernel.local == 0, "it spills, or keeps an array in local memory"
+    assert kernel.registers <= registers
+    assert kernel.shared <= 48 << 10
+    assert (kernel.count("HMMA") > 0) == tensor_cores
+    if tensor_cores:
+        assert kernel.count("LDSM") > 0 and kernel.count(r"LDGSTS\S*\.128") > 0
 
 
 @needs_nvcc

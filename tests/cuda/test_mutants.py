@@ -8,8 +8,16 @@ from tests.cuda.emulator.worker import in_emulator
 
 # Every barrier of every kernel, by the number of barriers.
 BARRIERS = {
-    "tiles": 2, "few_rows": 1, "scan": 2, "long_scan": 2, "scan_dense": 2, "attention": 4, "row": 3,
-}  # fmt: skip
+    "tiles": 2,
+    "few_rows": 1,
+    "scan": 2,
+    "long_scan": 2,
+    "scan_dense": 2,
+    "attention": 4,
+    "row": 3,
+    "mma": 1,
+    "mma_attention": 4,
+}
 # kernel, pattern, replacement, which match; what shows it
 INDICES = {
     "a_row_too_many_read": ("tiles", r", 58\)", ", 59)", 1, "out of bounds"),
@@ -23,6 +31,47 @@ INDICES = {
     "the_wrong_segment": ("scan_dense", r"powf\((.*?), 0x", "powf(2 * (\\1), 0x", 0, "outside"),
     "the_wrong_lane": ("attention", r", 8, 32\)", ", 4, 32)", 0, "outside tolerance"),
     "a_lane_too_few": ("row", r", 16, 32\)", ", 0, 32)", 0, "outside tolerance"),
+    "a_copy_not_waited_for": (
+        "mma",
+        r"mega_wait_copies\(2\);",
+        "",
+        0,
+        "an asynchronous copy is still filling",
+    ),
+    "a_copy_waited_for_too_late": (
+        "mma",
+        r"mega_wait_copies\(2\);",
+        "mega_wait_copies(3);",
+        0,
+        "is still filling",
+    ),
+    "copies_of_two_steps_in_a_group": ("mma", r"mega_commit_copies\(\);", "", 1, "still filling"),
+    "the_wrong_fragment": ("mma", r"(mega_mma\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
+    "rows_in_another_order": (
+        "mma",
+        r"mega_load_matrices\(a_ptr, 0, xs_ptr, \(",
+        "mega_load_matrices(a_ptr, 0, xs_ptr, 8 ^ (",
+        0,
+        "outside tolerance",
+    ),
+    "values_not_waited_for": ("mma_attention", r"mega_wait_copies\(2\);", "", 1, "still filling"),
+    "keys_of_another_half": (
+        "mma_attention",
+        r"(mega_mma\(s_ptr.*), 2\);",
+        r"\1, 0);",
+        0,
+        "outside tolerance",
+    ),
+    "values_not_turned": ("mma_attention", "_transposed", "", 0, "outside tolerance"),
+    "a_sum_of_too_few_lanes": (
+        "mma_attention",
+        r"(total_ptr\S* \+ __shfl\w+\(.*), 2, 32\)",
+        r"\1, 0, 32)",
+        0,
+        "outside tolerance",
+    ),
+    "a_key_too_many": ("mma_attention", r" <= ", " <= 1 + ", 9, "outside tolerance"),
+    "a_row_too_many_copied": ("mma", r"< 59\)", "< 60)", 0, "out of bounds"),
     "not_quite_causal": ("attention", r" <= ", " < ", 0, ""),
 }
 

@@ -5,6 +5,10 @@
 by g++ (`activate.py`). Both must be in place before TVM is imported, and make a GPU appear for the
 whole process: so tests run in a process of their own (`worker.py`).
 
-Not emulated: time, caches, memory that other blocks see in between, tensor cores, asynchronous
-copies, atomics, graphs. Kernels that use them do not compile here.
+Halves, tensor cores and asynchronous copies are those of `schedules/common/float16.cuh`, whose
+functions `device_half.h` has again in terms of the engine: their PTX is not run. A copy's bytes
+arrive when its thread waits for it; until then every access of them is reported.
+
+Not emulated: time, caches, memory that other blocks see in between, atomics, graphs. Kernels that
+use them do not compile here.
 """

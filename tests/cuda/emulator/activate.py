@@ -17,11 +17,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # The libraries, by what they stand in for.
 _SOURCES = {"libcuda.so.1": ("engine.cpp", "driver.cpp"), "libcudart.so.13": ("cudart.cpp",)}
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O2", "-mf16c", "-fPIC", "-shared", "-fvisibility=hidden")
 _KERNEL_FLAGS = (
     # -O1: quick to compile. No SRA: a vector is one access, whose alignment can be checked.
     "-x", "c++", "-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden",
     "-fno-strict-aliasing", "-fno-math-errno", "-fno-tree-sra", "-ffp-contract=fast", "-mfma",
+    "-mf16c",
     "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
 )  # fmt: skip
 _SHARED = re.compile(r"__shared__ alignas\(\d+\) (\w+) (\w+)\[(\d+)\];")
@@ -29,7 +30,9 @@ _DYNAMIC = re.compile(r"extern __shared__ alignas\(\d+\) (\w+) (\w+)\[\];")
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\([^)]*\) \{')
 
 _SIZES = {
-    f"{kind}{n}": 4 * int(n or 1) for kind in ("float", "int", "uint") for n in ("", "2", "4")
+    f"{kind}{n}": size * int(n or 1)
+    for kind, size in {"float": 4, "int": 4, "uint": 4, "half": 2}.items()
+    for n in ("", "2", "4")
 }
 _GUARD = 256  # bytes between shared arrays, the alignment of each too
 

@@ -9,6 +9,8 @@
 
 #define __global__ __attribute__((visibility("default")))
 #define __device__
+#define __host__
+#define __align__(bytes) alignas(bytes)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
@@ -21,6 +23,9 @@ EMU_VECTOR(float, float, 8)
 EMU_VECTOR(int, int, 8)
 EMU_VECTOR(unsigned, uint, 8)
 
+using half = _Float16;
+struct alignas(4) half2 { half x, y; };  // TVM writes out its own half4
+
 struct EmuIndex { unsigned x, y, z; };
 extern "C" {
 EmuIndex emu_thread_index() __attribute__((const));
@@ -29,12 +34,16 @@ void* emu_shared(uint64_t offset, uint64_t bytes) __attribute__((const));
 void* emu_dynamic_shared() __attribute__((const));
 void emu_barrier(int line);
 uint32_t emu_warp(int operation, uint32_t mask, uint32_t value, int lane, int width, int line);
+void emu_collective(int operation, void* data, int line);
+void emu_copy_async(void* to, const void* from, bool there);
+void emu_commit_copies();
+void emu_wait_copies(int left);
 }
 #define threadIdx emu_thread_index()
 #define blockIdx emu_block_index()
 #define __syncthreads() emu_barrier(__LINE__)
 
-enum { EMU_ACTIVE, EMU_SYNC, EMU_INDEX, EMU_UP, EMU_DOWN, EMU_XOR };
+enum { EMU_ACTIVE, EMU_SYNC, EMU_INDEX, EMU_UP, EMU_DOWN, EMU_XOR, EMU_MMA, EMU_MATRICES };
 #define __activemask() emu_warp(EMU_ACTIVE, 0, 0, 0, 32, __LINE__)
 #define __syncwarp() ((void)emu_warp(EMU_SYNC, ~0u, 0, 0, 32, __LINE__))
 template <class T>
@@ -50,6 +59,8 @@ static inline T emu_shuffle(int operation, uint32_t mask, T value, int lane, int
 #define __shfl_up_sync(m, v, l, w) emu_shuffle(EMU_UP, m, v, l, w, __LINE__)
 #define __shfl_down_sync(m, v, l, w) emu_shuffle(EMU_DOWN, m, v, l, w, __LINE__)
 #define __shfl_xor_sync(m, v, l, w) emu_shuffle(EMU_XOR, m, v, l, w, __LINE__)
+
+#include "device_half.h"
 
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float max(float a, float b) { return fmaxf(a, b); }

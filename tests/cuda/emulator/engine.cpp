@@ -29,11 +29,14 @@ namespace {
 constexpr size_t kStack = 256 << 10, kArena = 512 << 10, kStatic = 256 << 10, kGuard = 256, kMaxReports = 32;
 constexpr uint32_t kNobody = 0, kSeveral = ~0u;
 
+constexpr size_t kWord = 2;  // bytes: two halves side by side are often two threads'
+
 // A word's history. A stamp counts barrier intervals of all launches; a thread is its number plus 1.
 struct Word {
   uint32_t write_stamp = 0, write_thread = kNobody;
   uint32_t read_stamp = 0, read_thread = kNobody;  // the last interval that read it
   uint32_t first_read = 0;                         // the first that did since the last write
+  uint32_t filling = 0;                            // the block whose asynchronous copy is under way
 };
 
 struct Range {
@@ -49,6 +52,17 @@ struct Fiber {
   EmuIndex thread;
   int line, operation, lane, width;
   uint32_t mask, value;
+  void* data;
+};
+
+struct Copy {
+  char* to;
+  bool there;
+  char bytes[16];
+};
+struct Copies {  // of a thread, that are under way
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
 };
 
 struct Kernel {
@@ -67,6 +81,7 @@ std::vector<Range> arrays;  // shared memory of the running block
 char *arena, *stacks;
 size_t stack_count;
 std::vector<Fiber> fibers;
+std::vector<Copies> copies;
 int running = -1;
 void* scheduler_stack;
 bool aborted;
@@ -152,6 +167,8 @@ bool races(uint32_t when, uint32_t who, bool shared) {
 
 void check(Word& word, bool write, bool shared, void* pc) {
   const char* space = shared ? "shared" : "global";
+  if (shared && word.filling == block_stamp)
+    report(pc, "%s of shared memory that an asynchronous copy is still filling", write ? "write" : "read");
   if (races(word.write_stamp, word.write_thread, shared))
     report(pc, "data race: %s of %s memory after a write by thread %u", write ? "write" : "read", space, word.write_thread - 1);
   uint32_t me = running + 1;
@@ -183,10 +200,16 @@ void touch(void* address, size_t bytes, bool write, void* pc) {
     report(pc, "misaligned access of %zu bytes", bytes);
     stop_block();
   }
-  if (range->words.empty()) range->words.resize((range->bytes + 3) / 4);
+  if (range->words.empty()) range->words.resize((range->bytes + kWord - 1) / kWord);
   bool shared = at >= arena && at < arena + kArena;
-  size_t first = (at - range->begin) / 4, last = (at - range->begin + bytes - 1) / 4;
+  size_t first = (at - range->begin) / kWord, last = (at - range->begin + bytes - 1) / kWord;
   for (size_t i = first; i <= last; i++) check(range->words[i], write, shared, pc);
+}
+
+void set_filling(char* at, uint32_t value) {
+  Range* range = find(at, 16);
+  size_t first = (at - range->begin) / kWord;
+  for (size_t i = first; i < first + 16 / kWord; i++) range->words[i].filling = value;
 }
 
 // ---- warp operations --------------------------------------------------------------------------
@@ -200,6 +223,48 @@ int source_lane(const Fiber& fiber, int lane) {
   return from < base || from >= base + fiber.width ? lane : from;
 }
 
+// Fragments of halves in registers are spread over the lanes as the PTX ISA says.
+float half_of(uint32_t pair, int which) {
+  _Float16 values[2];
+  memcpy(values, &pair, 4);
+  return values[which];
+}
+
+void multiply(size_t first) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const EmuMma& own = *(EmuMma*)fibers[first + lane].data;
+    int group = lane / 4, t = lane % 4;
+    for (int i = 0; i < 2; i++) {
+      for (int r = 0; r < 4; r++) a[group + r % 2 * 8][2 * t + r / 2 * 8 + i] = half_of(own.a[r], i);
+      for (int r = 0; r < 2; r++) b[2 * t + r * 8 + i][group] = half_of(own.b[r], i);
+    }
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    const EmuMma& own = *(EmuMma*)fibers[first + lane].data;
+    for (int r = 0; r < 4; r++) {
+      int row = lane / 4 + r / 2 * 8, col = lane % 4 * 2 + r % 2;
+      float sum = own.c[r];
+      for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][col];
+      own.c[r] = sum;
+    }
+  }
+}
+
+void load_matrices(size_t first) {
+  for (int lane = 0; lane < 32; lane++) {
+    const EmuMatrices& own = *(EmuMatrices*)fibers[first + lane].data;
+    for (int m = 0; m < 4; m++) {
+      _Float16 pair[2];
+      for (int i = 0; i < 2; i++) {
+        int row = own.transposed ? lane % 4 * 2 + i : lane / 4, col = own.transposed ? lane / 4 : lane % 4 * 2 + i;
+        pair[i] = ((EmuMatrices*)fibers[first + m * 8 + row].data)->row[col];
+      }
+      memcpy(own.result + m, pair, 4);
+    }
+  }
+}
+
 // Lets the lanes go on that wait at the same operation; returns whether there were any.
 bool resolve_warp(size_t first, size_t end) {
   size_t head = first;
@@ -211,6 +276,8 @@ bool resolve_warp(size_t first, size_t end) {
       arrived |= 1u << (i - first);
       values[i - first] = fibers[i].value;
     }
+  if (arrived == ~0u && fibers[head].operation == EMU_MMA) multiply(first);
+  if (arrived == ~0u && fibers[head].operation == EMU_MATRICES) load_matrices(first);
   for (size_t i = head; i < end; i++) {
     int lane = i - first;
     if (!(arrived >> lane & 1)) continue;
@@ -223,7 +290,7 @@ bool resolve_warp(size_t first, size_t end) {
     }
     int from = source_lane(fiber, lane);
     if (fiber.operation == EMU_ACTIVE) fiber.value = arrived;
-    else if (fiber.operation != EMU_SYNC) fiber.value = arrived >> from & 1 ? values[from] : ~0u;  // NaN
+    else if (fiber.operation < EMU_MMA && fiber.operation != EMU_SYNC) fiber.value = arrived >> from & 1 ? values[from] : ~0u;  // NaN
     fiber.state = kReady;
   }
   return true;
@@ -264,6 +331,7 @@ void run_block(uint32_t count, uint32_t number) {
   memset(arena, 0xff, kArena);
   if (dynamic_bytes) arrays.push_back({arena, dynamic_bytes, {}});
   fibers.assign(count, Fiber{});
+  copies.assign(count, Copies{});
   std::vector<uint32_t> turns(count);
   for (uint32_t i = 0; i < count; i++) {
     turns[i] = i;
@@ -288,6 +356,12 @@ void run_block(uint32_t count, uint32_t number) {
     for (uint32_t warp = 0; warp < count; warp += 32) woken |= resolve_warp(warp, std::min(warp + 32, count));
     more = woken || resolve_barrier();
   }
+  size_t left = 0;
+  for (Copies& own : copies) {
+    left += own.open.size();
+    for (auto& group : own.groups) left += group.size();
+  }
+  if (left && !aborted) report(nullptr, "%zu asynchronous copies that nobody waits for", left);
 }
 
 }  // namespace
@@ -315,6 +389,40 @@ EXPORT uint32_t emu_warp(int operation, uint32_t mask, uint32_t value, int lane,
   fiber = {fiber.stack_pointer, kAtWarp, fiber.thread, line, operation, lane, width, mask, value};
   wait_turn();
   return fibers[running].value;
+}
+
+EXPORT void emu_collective(int operation, void* data, int line) {
+  Fiber& fiber = fibers[running];
+  fiber = {fiber.stack_pointer, kAtWarp, fiber.thread, line, operation, 0, 32, ~0u, 0, data};
+  wait_turn();
+}
+// The copy's bytes arrive when its thread waits for it, and not before.
+EXPORT void emu_copy_async(void* to, const void* from, bool there) {
+  void* pc = __builtin_return_address(0);
+  Copy copy{(char*)to, there, {}};
+  if (there) {
+    touch((void*)from, sizeof copy.bytes, false, pc);
+    memcpy(copy.bytes, from, sizeof copy.bytes);
+  }
+  touch(to, sizeof copy.bytes, true, pc);
+  set_filling(copy.to, block_stamp);
+  copies[running].open.push_back(copy);
+}
+EXPORT void emu_commit_copies() {
+  Copies& own = copies[running];
+  own.groups.push_back(std::move(own.open));
+  own.open.clear();
+}
+EXPORT void emu_wait_copies(int left) {
+  std::vector<std::vector<Copy>>& groups = copies[running].groups;
+  while ((int)groups.size() > left) {
+    for (Copy& copy : groups.front()) {
+      set_filling(copy.to, 0);
+      memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+      touch(copy.to, sizeof copy.bytes, true, nullptr);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 #define CALLER __builtin_return_address(0)

@@ -1,0 +1,348 @@
+"""Softmax attention for GPUs on tensor cores: float16 tensors, flash style, O(T) memory, one pass.
+
+A block of 4 warps computes ``block_q`` queries and ``columns`` columns of values.
+
+1. For each tile of 64 keys the warps share the keys: a warp has the scores of 16. Queries and keys
+   come through shared memory 32 of the width at a time, values 16 keys at a time. Four such steps
+   lie there: one is multiplied, three are on their way (``cp.async``). One barrier a step.
+2. A row's maximum is that of 4 lanes (shuffles) and 4 warps (shared memory). Scores become weights
+   in float32 registers, are rounded to float16 and go to shared memory. Sums stay with their thread
+   until the end, and are of the weights as they were before rounding.
+3. Then the warps share the columns: each multiplies all weights by its ``columns / 4``. Values are
+   turned by ``ldmatrix.trans``.
+4. Chunks of 16 bytes lie in another order from row to row, as in `dense.cuda_mma`, so that no bank
+   is met twice. Operands whose rows are not aligned to 16 bytes are loaded half by half.
+5. Sum and gate are applied on the way out. Causal tiles beyond the last query are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+
+from . import decisions
+from .attention import ATTENTION_EPS, AttentionSpec
+from .attention_blocked import attention_prim_func
+from .cuda_threads import (
+    BARRIER_CYCLES,
+    L2_BYTES,
+    MMA_LATENCY,
+    MULTIPROCESSORS,
+    WARP,
+    exp,
+    lanes_max,
+    lanes_sum,
+)
+from .dims import DimVars, ceil_div, known
+
+WARPS = 4
+THREADS = WARPS * WARP
+TILE_KEYS = 64
+STEP_D, STEP_KEYS = 32, 16  # of a step of scores, of values
+STEPS_V = TILE_KEYS // STEP_KEYS
+STAGES = 4
+CHUNK = 8  # halves of 16 bytes
+PIECE = 16  # rows of a fragment
+BLOCK_Q, COLUMNS = (16, 32, 64), (64, 128, 256)
+_SHARED_CYCLES = (
+    200  # from scores to weights: two rounds of shuffles, and one through shared memory
+)
+_FMA = 1024  # a multiprocessor's tensor cores, a cycle
+
+
+def sample_mma_tiles(sch: Schedule, spec: AttentionSpec) -> None:
+    """Sample ``block_q`` and ``columns``."""
+    choices = [(q, c) for q in BLOCK_Q for c in COLUMNS if c == 64 or c / 2 < spec.value_width]
+    best = min(choices, key=lambda qc: estimated_cycles(spec, *qc))
+    decisions.sample(sch, "block_q", BLOCK_Q, best[0])
+    decisions.sample(sch, "columns", COLUMNS, best[1])
+
+
+def estimated_cycles(spec: AttentionSpec, block_q: int, columns: int) -> float:
+    """Return the estimated time of a multiprocessor for its share of the blocks.
+
+    A key tile of a block multiplies ``block_q * 64 * (width + columns)``, fetches as many columns
+    of 64 keys and ``block_q`` queries, and waits, if the block is alone, at each of its steps.
+    """
+    batch, q_len, k_len = known((spec.batch, spec.q_len, spec.k_len))
+    blocks = batch * ceil_div(q_len, block_q) * ceil_div(spec.value_width, columns)
+    share = ceil_div(blocks, MULTIPROCESSORS)
+    products = block_q * TILE_KEYS * (spec.width + columns) / _FMA
+    fetched = 2 * (TILE_KEYS * (spec.width + columns) + block_q * spec.width) / L2_BYTES
+    steps = ceil_div(spec.width, STEP_D) + STEPS_V
+    alone = steps * (2 * BARRIER_CYCLES + MMA_LATENCY) + products + _SHARED_CYCLES
+    return ceil_div(k_len, TILE_KEYS) * max(alone, share * products, share * fetched)
+
+
+def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFunc:
+    """Return the kernel ``(q, k, v[, gate], out)`` of causal softmax attention.
+
+    It calls functions on the memory of ``q``, ``k`` and ``v`` as halves: it is right once
+    `stored_as` has made all tensors float16.
+    """
+    B, Q, K = known((spec.batch, spec.q_len, spec.k_len))
+    W, V, scale = spec.width, spec.value_width, spec.scale
+    BQ, BV = chosen["block_q"], chosen["columns"]
+    R = BQ // PIECE  # fragments of rows, of each warp
+    NJ = BV // (WARPS * PIECE)  # pieces of 16 columns of a warp
+    row_blocks, column_blocks = ceil_div(Q, BQ), ceil_div(V, BV)
+    steps_d = ceil_div(W, STEP_D)
+    steps = steps_d + STEPS_V
+    chunks_d, chunks_v = STEP_D // CHUNK, BV // CHUNK
+    stage_size = max((TILE_KEYS + BQ) * STEP_D, STEP_KEYS * BV)
+    has_gate = spec.has_gate
+    lowest = -3.0e38  # below any score: a row's maximum, before there is one
+
+    def aligned(stride: int, offset: int, size: int) -> bool:
+        return all(extent % CHUNK == 0 for extent in (stride, offset, size))
+
+    pairs = V % 2 == 0 and spec.gate_stride % 2 == 0 and spec.gate_offset % 2 == 0
+
+    def row_chunk(row, chunk):
+        return row * STEP_D + (chunk ^ (row // 2 % chunks_d)) * CHUNK
+
+    def value_chunk(row, chunk):
+        return row * BV + (chunk ^ (row % 8)) * CHUNK
+
+    def weight_chunk(row, chunk):
+        return row * TILE_KEYS + (chunk ^ (row % 8)) * CHUNK
+
+    def visible(row, key):
+        return T.And(key < K, key <= row + (K - Q))
+
+    @T.inline
+    def copy(to, at, source, start, there, count, whole):
+        # 8 halves, of which `count` exist where the row does
+        if whole:
+            T.call_extern("void", "mega_copy_async", to.data, at, source.data, start, there)
+        else:
+            left = T.meta_var(T.if_then_else(there, count, 0))
+            T.call_extern("void", "mega_copy_halves", to.data, at, source.data, start, left)
+
+    @T.inline
+    def fetch_rows(source, to, base, b, first, rows, limit, stride, off, step, tid):
+        # `rows` rows of queries or keys, 32 columns
+        for i in T.unroll(ceil_div(rows * chunks_d, THREADS)):
+            if i * THREADS + tid < rows * chunks_d:
+                row = T.meta_var((i * THREADS + tid) // chunks_d)
+                chunk = T.meta_var((i * THREADS + tid) % chunks_d)
+                d = T.meta_var(step * STEP_D + chunk * CHUNK)
+                there = T.meta_var(T.And(first + row < limit, d < W))
+                copy(
+                    to, base + row_chunk(row, chunk), source,
+                    (b * limit + first + row) * stride + off + d, there, W - d,
+                    aligned(stride, off, W),
+                )  # fmt: skip
+
+    @T.inline
+    def fetch_values(v, to, base, b, first, first_v, tid):
+        for i in T.unroll(STEP_KEYS * chunks_v // THREADS):
+            row = T.meta_var((i * THREADS + tid) // chunks_v)
+            chunk = T.meta_var((i * THREADS + tid) % chunks_v)
+            col = T.meta_var(first_v + chunk * CHUNK)
+            copy(
+                to, base + value_chunk(row, chunk), v,
+                (b * K + first + row) * spec.v_stride + spec.v_offset + col,
+                T.And(first + row < K, col < V), V - col,
+                aligned(spec.v_stride, spec.v_offset, V),
+            )  # fmt: skip
+
+    @T.inline
+    def fetch(q, k, v, tiles, b, first_q, first_v, tile, step, tid):
+        # the step of a tile; steps beyond its last are the next tile's
+        base = T.meta_var((tile * steps + step) % STAGES * stage_size)
+        key = T.meta_var(tile * TILE_KEYS)
+        if step < steps_d:
+            fetch_rows(
+                k, tiles, base, b, key, TILE_KEYS, K, spec.k_stride, spec.k_offset, step, tid
+            )
+            fetch_rows(
+                q, tiles, base + TILE_KEYS * STEP_D, b, first_q, BQ, Q, spec.q_stride,
+                spec.q_offset, step, tid,
+            )  # fmt: skip
+        else:
+            fetch_values(v, tiles, base, b, key + (step - steps_d) * STEP_KEYS, first_v, tid)
+
+    @T.inline
+    def advance(q, k, v, tiles, b, first_q, first_v, tile, step, count, tid):
+        # wait for a step, and start one
+        T.call_extern("void", "mega_wait_copies", STAGES - 2)
+        T.tvm_storage_sync("shared")
+        if step + STAGES - 1 < steps:
+            fetch(q, k, v, tiles, b, first_q, first_v, tile, step + STAGES - 1, tid)
+        else:
+            if tile + 1 < count:
+                fetch(q, k, v, tiles, b, first_q, first_v, tile + 1, step + STAGES - 1 - steps, tid)
+        T.call_extern("void", "mega_commit_copies")
+
+    @T.inline
+    def score(tiles, s, base, warp, lane):
+        a = T.alloc_buffer((R * 4,), "uint32", scope="local")
+        c = T.alloc_buffer((4,), "uint32", scope="local")
+        for d in T.unroll(STEP_D // PIECE):
+            for r in T.unroll(R):
+                at = T.meta_var(
+                    base + TILE_KEYS * STEP_D
+                    + row_chunk(r * PIECE + lane % PIECE, d * 2 + lane // PIECE)
+                )  # fmt: skip
+                T.call_extern("void", "mega_load_matrices", a.data, r * 4, tiles.data, at)
+            key = T.meta_var(warp * PIECE + lane // 16 * 8 + lane % 8)
+            at = T.meta_var(base + row_chunk(key, d * 2 + lane // 8 % 2))
+            T.call_extern("void", "mega_load_matrices", c.data, 0, tiles.data, at)
+            for r in T.unroll(R):
+                for half in T.unroll(2):
+                    T.call_extern(
+                        "void", "mega_mma", s.data, (r * 2 + half) * 4, a.data, r * 4,
+                        c.data, half * 2,
+                    )  # fmt: skip
+
+    @T.inline
+    def weigh(s, ps, shared_peak, peak, total, acc, first_q, first_k, warp, lane):
+        part = T.alloc_buffer((R * 2,), "float32", scope="local")
+        for i in T.unroll(R * 2):  # rows of a thread: fragment, and one of two, 8 apart
+            row = T.meta_var(i // 2 * PIECE + i % 2 * 8 + lane // 4)
+            part[i] = T.float32(lowest)
+            for e in T.unroll(4):
+                key = T.meta_var(first_k + warp * PIECE + e // 2 * 8 + lane % 4 * 2 + e % 2)
+                if visible(first_q + row, key):
+                    part[i] = T.max(part[i], s[(i // 2 * 2 + e // 2) * 4 + i % 2 * 2 + e % 2])
+            lanes_max(part, i, 1, 4)
+            if lane % 4 == 0:
+                shared_peak[warp * BQ + row] = part[i]
+        T.tvm_storage_sync("shared")
+        for i in T.unroll(R * 2):
+            row = T.meta_var(i // 2 * PIECE + i % 2 * 8 + lane // 4)
+            for w in T.unroll(WARPS):
+                if w == 0:
+                    part[i] = T.max(peak[i], shared_peak[row])
+                else:
+                    part[i] = T.max(part[i], shared_peak[w * BQ + row])
+            rescale = T.alloc_buffer((1,), "float32", scope="local")
+            rescale[0] = exp((peak[i] - part[i]) * T.float32(scale))
+            peak[i] = part[i]
+            total[i] = total[i] * rescale[0]
+            for j in T.unroll(NJ * 2):
+                for e in T.unroll(2):
+                    at = T.meta_var((i // 2 * NJ * 2 + j) * 4 + i % 2 * 2 + e)
+                    acc[at] = acc[at] * rescale[0]
+            for e in T.unroll(4):
+                key = T.meta_var(first_k + warp * PIECE + e // 2 * 8 + lane % 4 * 2 + e % 2)
+                at = T.meta_var((i // 2 * 2 + e // 2) * 4 + i % 2 * 2 + e % 2)
+                if visible(first_q + row, key):
+                    s[at] = exp((s[at] - peak[i]) * T.float32(scale))
+                else:
+                    s[at] = T.float32(0)
+                total[i] = total[i] + s[at]
+            for half in T.unroll(2):
+                at = T.meta_var((i // 2 * 2 + half) * 4 + i % 2 * 2)
+                to = T.meta_var(weight_chunk(row, warp * 2 + half) + lane % 4 * 2)
+                T.call_extern("void", "mega_store_pair", ps.data, to, s[at], s[at + 1])
+
+    @T.inline
+    def mix(tiles, ps, acc, base, step, warp, lane):
+        a = T.alloc_buffer((R * 4,), "uint32", scope="local")
+        c = T.alloc_buffer((4,), "uint32", scope="local")
+        for r in T.unroll(R):
+            at = T.meta_var(weight_chunk(r * PIECE + lane % PIECE, step * 2 + lane // PIECE))
+            T.call_extern("void", "mega_load_matrices", a.data, r * 4, ps.data, at)
+        for j in T.unroll(NJ):
+            key = T.meta_var(lane // 8 % 2 * 8 + lane % 8)
+            at = T.meta_var(base + value_chunk(key, (warp * NJ + j) * 2 + lane // 16))
+            T.call_extern("void", "mega_load_matrices_transposed", c.data, 0, tiles.data, at)
+            for r in T.unroll(R):
+                for half in T.unroll(2):
+                    T.call_extern(
+                        "void", "mega_mma", acc.data, ((r * NJ + j) * 2 + half) * 4,
+                        a.data, r * 4, c.data, half * 2,
+                    )  # fmt: skip
+
+    @T.inline
+    def store_pair(gate, out, acc, at, total, b, row, col):
+        pair = T.alloc_buffer((2,), "float32", scope="local")
+        for e in T.unroll(2):
+            pair[e] = acc[at + e] / (total + T.float32(ATTENTION_EPS))
+        if pairs:
+            if col < V:
+                if has_gate:
+                    g = T.alloc_buffer((2,), "float32", scope="local")
+                    start = T.meta_var((b * Q + row) * spec.gate_stride + spec.gate_offset + col)
+                    T.call_extern("void", "mega_load_pair", g.data, gate.data, start)
+                    for e in T.unroll(2):
+                        pair[e] = g[e] * pair[e]
+                to = T.meta_var((b * Q + row) * V + col)
+                T.call_extern("void", "mega_store_pair", out.data, to, pair[0], pair[1])
+        else:
+            for e in T.unroll(2):
+                if col + e < V:
+                    if has_gate:
+                        out[b, row, col + e] = gate[b, row, spec.gate_offset + col + e] * pair[e]
+                    else:
+                        out[b, row, col + e] = pair[e]
+
+    @T.inline
+    def store(gate, out, acc, total, shared_total, b, first_q, first_v, warp, lane):
+        whole = T.alloc_buffer((1,), "float32", scope="local")
+        for i in T.unroll(R * 2):
+            lanes_sum(total, i, 1, 4)
+            if lane % 4 == 0:
+                shared_total[warp * BQ + i // 2 * PIECE + i % 2 * 8 + lane // 4] = total[i]
+        T.tvm_storage_sync("shared")
+        for i in T.unroll(R * 2):
+            row = T.meta_var(i // 2 * PIECE + i % 2 * 8 + lane // 4)
+            whole[0] = T.float32(0)
+            for w in T.unroll(WARPS):
+                whole[0] = whole[0] + shared_total[w * BQ + row]
+            if first_q + row < Q:
+                for j in T.unroll(NJ * 2):
+                    at = T.meta_var((i // 2 * NJ * 2 + j) * 4 + i % 2 * 2)
+                    col = T.meta_var(first_v + warp * (BV // WARPS) + j * 8 + lane % 4 * 2)
+                    store_pair(gate, out, acc, at, whole[0], b, first_q + row, col)
+
+    @T.inline
+    def body(q, k, v, gate, out):
+        for block in T.thread_binding(B * row_blocks * column_blocks, thread="blockIdx.x"):
+            for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
+                tiles = T.alloc_buffer((STAGES * stage_size,), "float16", scope="shared")
+                ps = T.alloc_buffer((BQ * TILE_KEYS,), "float16", scope="shared")
+                shared_peak = T.alloc_buffer((WARPS * BQ,), "float32", scope="shared")
+                shared_total = T.alloc_buffer((WARPS * BQ,), "float32", scope="shared")
+                s = T.alloc_buffer((R * 8,), "float32", scope="local")
+                acc = T.alloc_buffer((R * NJ * 8,), "float32", scope="local")
+                peak = T.alloc_buffer((R * 2,), "float32", scope="local")
+                total = T.alloc_buffer((R * 2,), "float32", scope="local")
+                warp, lane = T.meta_var(tid // WARP), T.meta_var(tid % WARP)
+                b = T.meta_var(block // (row_blocks * column_blocks))
+                # The longest rows first: causal blocks differ in their work.
+                first_q = T.meta_var((row_blocks - 1 - block // column_blocks % row_blocks) * BQ)
+                first_v = T.meta_var(block % column_blocks * BV)
+                count = T.meta_var(T.ceildiv(T.min(first_q + BQ + (K - Q), K), TILE_KEYS))
+                for i in T.unroll(R * 2):
+                    total[i] = T.float32(0)
+                    peak[i] = T.float32(lowest)
+                for i in T.unroll(R * NJ * 8):
+                    acc[i] = T.float32(0)
+                for step in T.unroll(STAGES - 1):
+                    fetch(q, k, v, tiles, b, first_q, first_v, 0, step, tid)
+                    T.call_extern("void", "mega_commit_copies")
+                for tile in T.serial(count):
+                    for i in T.unroll(R * 8):
+                        s[i] = T.float32(0)
+                    for step in T.serial(steps_d):
+                        advance(q, k, v, tiles, b, first_q, first_v, tile, step, count, tid)
+                        base = T.meta_var((tile * steps + step) % STAGES * stage_size)
+                        score(tiles, s, base, warp, lane)
+                    weigh(
+                        s, ps, shared_peak, peak, total, acc, first_q, tile * TILE_KEYS, warp, lane
+                    )
+                    for step in T.serial(STEPS_V):
+                        advance(
+                            q, k, v, tiles, b, first_q, first_v, tile, steps_d + step, count, tid
+                        )
+                        base = T.meta_var((tile * steps + steps_d + step) % STAGES * stage_size)
+                        mix(tiles, ps, acc, base, step, warp, lane)
+                store(gate, out, acc, total, shared_total, b, first_q, first_v, warp, lane)
+
+    return attention_prim_func(spec, DimVars(), body)
