@@ -1,4 +1,4 @@
-"""Schedules, compiles and runs one kernel in the emulator. Import only in its process."""
+"""Schedules, compiles and runs one kernel. Import only in a device's process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tvm import tirx
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.tolerances import assert_parity
 from schedules.common.kernel import ScheduledKernel
-from tests.cuda.emulator import activate
+from tests.cuda import device
 from tests.schedules.harness import scheduled as scheduled_for
 
 TARGET = resolve_cuda("cuda").tvm_target()
@@ -31,11 +31,11 @@ def unchanged(source: str) -> str:
 
 
 @contextmanager
-def compiled_for_emulator(mutate: Callable[[str], str] = unchanged):
-    """Let TVM compile CUDA C for the emulator, after ``mutate``."""
+def compiled_for_device(mutate: Callable[[str], str] = unchanged):
+    """Let TVM compile CUDA C for this process's device, after ``mutate``."""
 
     def compile_it(source: str) -> bytes:
-        return activate.compile_kernels(mutate(source))
+        return device.compile_kernels(mutate(source))
 
     name = "tvm_callback_cuda_compile"
     before = tvm_ffi.get_global_func(name)
@@ -52,7 +52,7 @@ class Kernel:
     def __init__(self, kernel: ScheduledKernel, mutate: Callable[[str], str] = unchanged) -> None:
         self.pack = kernel.pack
         module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
-        with compiled_for_emulator(mutate):
+        with compiled_for_device(mutate):
             self.main = tvm.compile(module, TARGET)["main"]
 
     def __call__(self, inputs: Sequence[np.ndarray], shape: Sequence[int], order: int = 0):
@@ -61,8 +61,8 @@ class Kernel:
         # An array passed twice stays one array; an allocation has exactly its array's size.
         shared = {id(a): tvm.runtime.tensor(a, tvm.cuda(0)) for a in packed}
         out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32), tvm.cuda(0))
-        activate.set_order(order)
-        with activate.watched() as reports:
+        device.set_order(order)
+        with device.watched() as reports:
             self.main(*(shared[id(a)] for a in packed), out)
         return out.numpy(), reports
 

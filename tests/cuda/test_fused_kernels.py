@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cuda.emulator.worker import in_emulator
+from tests.cuda.devices import on_every_device
 
 # lead, k, n, options
 NORMED = {
@@ -23,7 +23,7 @@ SCANS = {
 
 
 @pytest.mark.parametrize("name", NORMED)
-@in_emulator
+@on_every_device
 def test_normed_dense(name: str) -> None:
     from reference import numpy_mega as reference
     from schedules.normed_dense.naive import NormedDenseSpec, normed_dense
@@ -51,7 +51,7 @@ def test_normed_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCANS)
-@in_emulator
+@on_every_device
 def test_ema_scan_dense(name: str) -> None:
     from schedules.ema_scan.naive import EmaScanSpec
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
