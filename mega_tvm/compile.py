@@ -187,9 +187,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _compile_bundle(arguments: argparse.Namespace) -> int:
-    from .bundle import MODEL, check_bundle_destination, write_bundle
+    from .bundle import MODEL, check_bundle_destination, check_bundle_target, write_bundle
 
     directory = Path(os.path.abspath(arguments.bundle))
+    check_bundle_target(arguments.target)
     check_bundle_destination(directory)  # now, not after the compile
     with tempfile.TemporaryDirectory(prefix="mega_tvm-") as aside:
         arguments.output = Path(aside) / MODEL
@@ -237,7 +238,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             "streams": "if the model can" if on_cpu and not arguments.no_stream else "left out",
             "dtype": arguments.dtype,
             "tuning log": "none"
-            if arguments.no_tuning or not on_cpu
+            if arguments.no_tuning
             else arguments.tuning_log or "those shipped for the target",
             "threads": arguments.threads,
             "strict": "yes" if arguments.strict else "no",

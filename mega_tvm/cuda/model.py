@@ -18,12 +18,15 @@ from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.tensor_memory import Tensors
 
 from .device import CUDA, Device
+from .graph_names import SUFFIX
 
 
 class CudaModel(Model):
     """A loaded model for a GPU. Make one with `mega_tvm.load`.
 
-    Weights are on the device from the start. Calls take turns: one Relax virtual machine runs them.
+    Weights are on the device from the start. The first call of an entry captures its kernels, but
+    for the first and the last, in a CUDA graph that later calls launch. Calls take turns: one Relax
+    virtual machine runs them.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class CudaModel(Model):
         library: RuntimeLibrary,
         num_threads: int,
         device: Device,
+        cuda_graph: bool = True,
     ) -> None:
         self._device = device
         self._turn = threading.Lock()
@@ -42,7 +46,11 @@ class CudaModel(Model):
         uploaded = [device.upload(np.from_dlpack(view)) for view in tensors.views]
         on_device = Tensors(tensors.block, tvm_ffi.Array(uploaded))
         super().__init__(path, manifest, module, on_device, library, num_threads)
-        self._functions = {entry.name: self._function(entry.name) for entry in self.entries}
+        self._cuda_graph = cuda_graph and bool(manifest["target"].get("cuda_graph"))
+        self._functions = {
+            entry.name: self._function(entry.name + (SUFFIX if self._cuda_graph else ""))
+            for entry in self.entries
+        }
 
     def __call__(self, x: Any, *, out: Any = None, check_finite: bool = False) -> Any:
         """Run the model.
@@ -90,6 +98,11 @@ class CudaModel(Model):
         target[...] = result
         return target
 
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether calls launch captured graphs, where kernels stand at fixed addresses."""
+        return self._cuda_graph
+
     def new_machine(self) -> Any:
         """Return a Relax virtual machine of its own, for tracing."""
         return _machine(self._module)
@@ -116,7 +129,8 @@ class CudaModel(Model):
 
     def _compute(self, entry: Entry, x: tvm_ffi.Tensor) -> Any:
         try:
-            return self._functions[entry.name](x, *self._machine_tensors())
+            tensors = self.tensors if self._cuda_graph else self._machine_tensors()
+            return self._functions[entry.name](x, *tensors)
         except (TypeError, ValueError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"

@@ -23,8 +23,9 @@ import tvm
 import mega_tvm
 
 from ..bench.environment import hardware
+from ..cuda.target import CudaTarget
 from ..errors import TuningError
-from ..targets import CpuTarget
+from ..targets import CpuTarget, with_threads
 from .log import append, best_confirmed, is_log, read_log
 from .record import Record, TargetKey
 from .search import Search
@@ -84,7 +85,7 @@ class Session:
     Parameters
     ----------
     kernels : sequence of Kernel
-    target : CpuTarget
+    target : CpuTarget or CudaTarget
     threads : int
     directory : Path
         The log; what it holds of these kernels, by these versions, is built on.
@@ -103,7 +104,7 @@ class Session:
     def __init__(
         self,
         kernels: Sequence[Kernel],
-        target: CpuTarget,
+        target: CpuTarget | CudaTarget,
         threads: int,
         directory: Path,
         seed: int,
@@ -115,7 +116,7 @@ class Session:
         ]
         self.problems: list[str] = []
         self._target = TargetKey.of(target)
-        self._measured = dataclasses.replace(target, num_cores=threads).tvm_target()
+        self._measured = with_threads(target, threads).tvm_target()
         self._directory, self._pool = directory, pool
         self.report: Report = lambda every, one: None
         self._started = time.perf_counter()
@@ -123,7 +124,7 @@ class Session:
         self._run: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "device": _device(),
+            "device": _device(target),
             "versions": {"mega_tvm": mega_tvm.__version__, "tvm": tvm.__version__},
             "threads": threads,
             "seed": seed,
@@ -168,7 +169,7 @@ class Session:
                 for record in log.records
                 if record.key == kernel.key
                 and record.threads == threads
-                and record.made_by == made_by(kernel.key[0])
+                and record.made_by == made_by(kernel.key[0], self._target.kind)
                 and kernel.space.holds(record.decisions)
             ]
             for record in ours:
@@ -239,6 +240,8 @@ class Session:
         append(self._directory, self._target, records, dict(self._run))
 
 
-def _device() -> Mapping[str, Any]:
+def _device(target: CpuTarget | CudaTarget) -> Mapping[str, Any]:
+    if isinstance(target, CudaTarget):
+        return {"gpu": tvm.cuda(0).device_name if tvm.cuda(0).exist else "of a fleet"}
     found = hardware()
     return {name: found[name] for name in ("cpu", "features", "cores", "l3_bytes")}
