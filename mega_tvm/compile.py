@@ -212,10 +212,13 @@ def _compile(arguments: argparse.Namespace) -> int:
         # Heavy: torch and TVM's compiler. A wrong option is told before they are loaded.
         from .artifact_format import read_manifest
         from .compiler import compile_model
+        from .cuda.toolchain import find_nvcc
         from .model_source import resolve_model
         from .targets import CpuTarget, resolve_target
 
     on_cpu = isinstance(resolve_target(arguments.target), CpuTarget)
+    if not on_cpu:
+        find_nvcc()  # told now, not when kernels are to be compiled
     model: Path | MegaConfig | None = file
     if model is None:
         model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})

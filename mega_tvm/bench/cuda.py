@@ -162,4 +162,4 @@ def _with_shares(row: Row, flops: int, weight_bytes: int, ceilings: CudaCeilings
 
 
 def _on_cpu(y: Any) -> Any:
-    return torch.from_dlpack(y).cpu().numpy().copy()
+    return torch.utils.dlpack.from_dlpack(y).cpu().numpy().copy()

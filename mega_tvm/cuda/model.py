@@ -79,7 +79,13 @@ class CudaModel(Model):
         MegaError
             If the device has no memory left, or fails.
         """
-        if not isinstance(x, np.ndarray) and _device_type(x) == CUDA:
+        device, index = (None, 0) if isinstance(x, np.ndarray) else _device_of(x)
+        if device == CUDA:
+            if index != 0:
+                raise InputError(
+                    f"expected a tensor on cuda:0, where the model is, found one on cuda:{index}; "
+                    "copy it there, or choose the GPU by CUDA_VISIBLE_DEVICES"
+                )
             if out is not None or check_finite:
                 raise InputError(
                     "out and check_finite are for an x on the CPU; take what the call returns, and "
@@ -151,8 +157,9 @@ def _machine(module: tvm_ffi.Module) -> Any:
     return machine
 
 
-def _device_type(x: Any) -> int | None:
+def _device_of(x: Any) -> tuple[int | None, int]:
     try:
-        return int(x.__dlpack_device__()[0])
+        kind, index = x.__dlpack_device__()
+        return int(kind), int(index)
     except Exception:  # `as_array` says what is wrong with it
-        return None
+        return None, 0

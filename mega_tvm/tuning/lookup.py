@@ -134,7 +134,7 @@ class TunedSchedules:
         if space.size == 1:
             return None, Outcome("hit", "hand", "there is nothing to decide")
         there = self._records.get(key, [])
-        made = made_by(key[0], self._kind)
+        made = made_by(key[0], self._kind) if there else None
         ours = [r for r in there if r.made_by == made and space.holds(r.decisions)]
         best = best_confirmed(ours)
         if best is None:
