@@ -56,22 +56,28 @@ def tuned_target(name: str, tracker: Tracker | None) -> CudaTarget:
     return here
 
 
+class UnfitServerError(RuntimeError):
+    """A server cannot run candidates of this target, whichever they are."""
+
+
 def check_server(session: Any, target: CudaTarget) -> None:
     """Refuse a server that has no GPU, or one of another arch.
 
     Raises
     ------
-    RuntimeError
+    UnfitServerError
     """
     arch = _arch_of(session)
     if target_of_arch(arch).archs != target.archs:
-        raise RuntimeError(f"the RPC server's GPU is sm_{arch}, and candidates are {target.name}")
+        raise UnfitServerError(
+            f"the RPC server's GPU is sm_{arch}, and candidates are {target.name}"
+        )
 
 
 def _arch_of(session: Any) -> int:
     device = session.cuda(0)
     if not device.exist:
-        raise RuntimeError("the RPC server has no GPU")
+        raise UnfitServerError("the RPC server has no GPU")
     return int(str(device.compute_version).replace(".", ""))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import tvm
 
 from ..cuda.target import CudaTarget
-from .cuda_device import check_server
+from .cuda_device import UnfitServerError, check_server
 from .operands import Operands
 from .space import Decisions
 from .trial import (
@@ -38,7 +38,7 @@ SERVERS_A_TRIAL = 2
 # A server ends the session of a candidate that takes longer.
 SESSION_LIMIT_S = 10
 # What tells that a candidate, and not its device, is at fault.
-_FAULTS = ("RPCSessionTimeoutError", "CUDA", "cuda")
+_FAULTS = ("RPCSessionTimeoutError", "CUDA")
 _PR_SET_PDEATHSIG = 1
 _RUN = "run: "
 
@@ -121,7 +121,7 @@ def measure(task: Task, decisions: Decisions) -> Result:
         except WrongResultError as error:
             return Result(None, str(error))
         except Exception as error:
-            if _State.tracker is None or any(fault in str(error) for fault in _FAULTS):
+            if _State.tracker is None or _is_fault(error):
                 return Result(None, f"{_RUN}{_line(error)}")
             lost = error
     assert lost is not None
@@ -162,6 +162,10 @@ def _loaded(task: Task, candidates: list[Candidate], operands: Operands) -> Iter
             Loaded.there(candidate, operands, session, Path(folder) / f"candidate{index}.so")
             for index, candidate in enumerate(candidates)
         ]
+
+
+def _is_fault(error: Exception) -> bool:
+    return not isinstance(error, UnfitServerError) and any(f in str(error) for f in _FAULTS)
 
 
 def _check_threads(session: Any) -> None:

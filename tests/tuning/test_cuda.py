@@ -145,3 +145,52 @@ def test_a_device_of_another_arch() -> None:
                     tuned_target(name, None)
     finally:
         del os.environ["EMULATED_ARCH"]
+
+
+class Session:
+    """An RPC session, as far as a check of its GPU sees one."""
+
+    def __init__(self, version: str | None) -> None:
+        self.exist, self.compute_version = version is not None, version
+
+    def cuda(self, _index: int) -> Session:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "has no GPU"), ("8.6", "GPU is sm_86, and candidates are cuda-sm_80")],
+    ids=["none", "another"],
+)
+def test_a_server_that_does_not_fit(version, message) -> None:
+    from mega_tvm.cuda.target import resolve_cuda
+    from mega_tvm.tuning.cuda_device import UnfitServerError, check_server
+
+    with pytest.raises(UnfitServerError, match=message):
+        check_server(Session(version), resolve_cuda("cuda-sm_80"))
+    check_server(Session("8.0"), resolve_cuda("cuda-sm_80"))
+
+
+def test_whose_fault_it_is_in_a_fleet(monkeypatch) -> None:
+    """A GPU's error is the candidate's; a server that does not fit, or went away, is lost."""
+    from mega_tvm.tuning import worker_main
+    from mega_tvm.tuning.cuda_device import UnfitServerError
+    from mega_tvm.tuning.trial import Task
+    from tests.tuning.cuda_builders import SM80
+
+    cases = [
+        (RuntimeError("CUDA: an illegal memory access was encountered"), False),
+        (UnfitServerError("CUDA is not there"), True),
+        (RuntimeError("connection reset by peer"), True),
+    ]
+    monkeypatch.setattr(worker_main._State, "tracker", worker_main.Tracker("h", 1, "k"))
+    monkeypatch.setattr(worker_main, "_operands", lambda task: None)
+    monkeypatch.setattr(worker_main, "build_candidate", lambda *_: object())
+    for error, lost in cases:
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(worker_main, "_loaded", fail)
+        result = worker_main.measure(Task("t", "w", SM80), {})
+        assert (result.lost, result.fault) == (lost, not lost), result
