@@ -51,6 +51,20 @@ def check_bundle_destination(directory: Path) -> None:
         raise CompileError(f"{directory}: there is no directory {parent}; create it first")
 
 
+def check_bundle_target(target: str) -> None:
+    """Refuse a target whose code a bundle does not hold what it needs for.
+
+    Raises
+    ------
+    CompileError
+    """
+    if target.startswith("cuda"):
+        raise CompileError(
+            f"target {target}: bundles hold what runs on CPUs; write the library with -o, and see "
+            "the README on what a machine with a GPU needs"
+        )
+
+
 def write_bundle(library: Path, directory: str | os.PathLike[str]) -> Path:
     """Write a compiled model with all that runs it into a directory, which appears whole.
 

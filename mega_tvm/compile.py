@@ -192,9 +192,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _compile_bundle(arguments: argparse.Namespace) -> int:
-    from .bundle import MODEL, check_bundle_destination, write_bundle
+    from .bundle import MODEL, check_bundle_destination, check_bundle_target, write_bundle
 
     directory = Path(os.path.abspath(arguments.bundle))
+    check_bundle_target(arguments.target)
     check_bundle_destination(directory)  # now, not after the compile
     with tempfile.TemporaryDirectory(prefix="mega_tvm-") as aside:
         arguments.output = Path(aside) / MODEL
@@ -216,11 +217,14 @@ def _compile(arguments: argparse.Namespace) -> int:
         # Heavy: torch and TVM's compiler. A wrong option is told before they are loaded.
         from .artifact_format import read_manifest
         from .compiler import compile_model
+        from .cuda.toolchain import find_nvcc
         from .model_source import resolve_model
         from .targets import CpuTarget, resolve_target
 
     on_cpu = isinstance(resolve_target(arguments.target), CpuTarget)
     check_dtype(arguments.dtype, arguments.target, on_gpu=not on_cpu)
+    if not on_cpu:
+        find_nvcc()  # told now, not when kernels are to be compiled
     model: Path | MegaConfig | None = file
     if model is None:
         model = MegaConfig.from_dict({"embed_dim": DEFAULT_EMBED_DIM, **options})
@@ -243,7 +247,7 @@ def _compile(arguments: argparse.Namespace) -> int:
             "streams": "if the model can" if on_cpu and not arguments.no_stream else "left out",
             "dtype": arguments.dtype,
             "tuning log": "none"
-            if arguments.no_tuning or not on_cpu
+            if arguments.no_tuning
             else arguments.tuning_log or "those shipped for the target",
             "threads": arguments.threads,
             "strict": "yes" if arguments.strict else "no",

@@ -196,7 +196,7 @@ def compile_model(
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
-        "tuning": {"log": None if tuned is None else tuned.digest, "threads": threads},
+        "tuning": {"log": tuned.digest, "threads": tuned.threads},
         "disabled_passes": sorted(disabled_passes),
         "parity": parity,
     }
@@ -214,6 +214,7 @@ def _describe_target(target: CpuTarget | CudaTarget) -> dict[str, Any]:
             "mattr": [],
             "cpu_features": [],
             "archs": [f"sm_{arch}" for arch in target.archs],
+            "cuda_graph": True,
             "ptx": None if target.ptx is None else f"compute_{target.ptx}",
         }
     return {
@@ -231,16 +232,11 @@ def _tuned_schedules(
     use_tuning: bool,
     strict: bool,
     threads: int,
-) -> TunedSchedules | None:
-    """Return the records to look up, or None for a GPU: there are none."""
+) -> TunedSchedules:
+    """Return the records to look up."""
     positive_option("threads", threads)
     if isinstance(target, CudaTarget):
-        if strict or given is not None:
-            raise CompileError(
-                f"target {target.name}: tuning records are of CPUs; compile without tuning_log "
-                "and strict"
-            )
-        return None
+        threads = 1  # a GPU's kernels have threads of their own
     if not use_tuning:
         return TunedSchedules(target, threads, [])
     logs = find_logs(target, None if given is None else Path(given))
@@ -248,17 +244,15 @@ def _tuned_schedules(
 
 
 def _check_tuning(
-    tuned: TunedSchedules | None, strict: bool, on_tuning: Callable[[TunedSchedules], None]
+    tuned: TunedSchedules, strict: bool, on_tuning: Callable[[TunedSchedules], None]
 ) -> None:
     """Tell what the lookups found, and refuse a miss where the user asked for that."""
-    if tuned is None:
-        return
     on_tuning(tuned)
     missed = [f"{n}: {found}" for n, found in tuned.outcomes.items() if found.kind not in FOUND]
     if strict and missed:
         raise CompileError(
             f"strict: {len(missed)} of {len(tuned.outcomes)} kernels have no valid tuning record "
-            f"for {tuned.threads} thread(s): {'; '.join(missed)}. Tune them with "
+            f"{tuned.subject}: {'; '.join(missed)}. Tune them with "
             "python -m mega_tvm.tune, or compile without strict"
         )
 

@@ -177,7 +177,7 @@ def run_pipeline(
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         if isinstance(target, CudaTarget):
             entries = _entry_names(mod)
-            executable, workspace = phase("lower", lambda: lower_cuda(mod, target))
+            executable, workspace = phase("lower", lambda: lower_cuda(mod, target, tensors))
             workspaces = {entry: {FIXED: max(workspace, 1)} for entry in entries}
             for kernel in kernels:
                 kernel["launches"] = _launches(kernel["name"], launch_threads(executable))

@@ -316,7 +316,13 @@ class Model:
         return shapes + [str(entry) for entry in self.symbolic_entries]
 
 
-def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    num_threads: int = 1,
+    sha256: str | None = None,
+    cuda_graph: bool = True,
+) -> Model:
     """Load a compiled model.
 
     The file is opened once and checked whole before any code of it runs, and what runs is what was
@@ -332,6 +338,9 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | No
     sha256 : str, optional
         Digest of the file, in hex, from a place that you trust: another file is refused before
         anything of it is used. Without it, a file that every user can write gives a warning.
+    cuda_graph : bool, default True
+        On a GPU, launch an entry's kernels as a CUDA graph, captured at its first call, and not one
+        by one.
 
     Returns
     -------
@@ -377,7 +386,7 @@ def load(path: str | os.PathLike[str], *, num_threads: int = 1, sha256: str | No
     if device is not None:
         from mega_tvm.cuda.model import CudaModel
 
-        return CudaModel(path, manifest, module, tensors, library, threads, device)
+        return CudaModel(path, manifest, module, tensors, library, threads, device, cuda_graph)
     return Model(path, manifest, module, tensors, library, threads)
 
 

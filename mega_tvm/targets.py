@@ -122,6 +122,13 @@ def resolve_target(name: str) -> CpuTarget | CudaTarget:
     raise TargetError(f"unknown target {name!r}; known targets: {known}")
 
 
+def with_threads(target: CpuTarget | CudaTarget, threads: int) -> CpuTarget | CudaTarget:
+    """Return a target whose schedules plan for so many threads of a CPU."""
+    if isinstance(target, CudaTarget):
+        return target
+    return dataclasses.replace(target, num_cores=threads)
+
+
 @functools.cache
 def _features(mcpu: str) -> set[str]:
     import archspec.cpu

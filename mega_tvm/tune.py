@@ -109,8 +109,11 @@ def _tune(arguments: argparse.Namespace) -> int:
             raise TuningError(f"--{name} must be a positive integer; got {value}")
     with out.status("loading the compiler"):
         from .compiler import input_shapes
+        from .cuda.target import CudaTarget
         from .model_source import resolve_model
-        from .targets import CpuTarget, machine_runs, resolve_target
+        from .targets import machine_runs, resolve_target
+        from .tuning.cuda_device import tuned_target
+        from .tuning.record import TargetKey
         from .tuning.report import LiveReport, summary
         from .tuning.session import Session, time_to
         from .tuning.tasks import extract_kernels
@@ -122,19 +125,22 @@ def _tune(arguments: argparse.Namespace) -> int:
     source = resolve_model(model, options, arguments.seed)
     config = source.config  # None: an ONNX file of other layers, whose shapes it tells itself
     target = resolve_target(arguments.target)
-    if not isinstance(target, CpuTarget):
-        raise TuningError(f"target {target.name}: only CPU targets are tuned; give one of these")
-    if tracker is None and not machine_runs(target):
+    if isinstance(target, CudaTarget):
+        if arguments.threads != 1:
+            raise TuningError(f"target {target.name}: --threads is for CPUs; leave it out")
+        target = tuned_target(arguments.target, tracker)
+    elif tracker is None and not machine_runs(target):
         raise TuningError(
             f"this machine cannot run {target.name} code; tune on a machine that can, or on a "
             "fleet with --tracker and --key"
         )
+    on_gpu = isinstance(target, CudaTarget)
     lengths = arguments.seq_len or ([config.seq_len] if config else ["as the file says"])
     print_settings(
         out,
         "tune",
         {
-            "target": f"{target.name} ({' '.join([target.mcpu, *target.mattr])})",
+            "target": f"{target.name} ({TargetKey.of(target)})",
             **{f"config.{k}": value for k, value in (config.to_dict() if config else {}).items()},
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, lengths)),
@@ -165,7 +171,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         with LiveReport(out, session.kernels, arguments.trials) as report:
             session.report = report
             session.run(arguments.trials)
-        ceilings = None if tracker else pool.ceilings()
+        ceilings = None if tracker or on_gpu else pool.ceilings()
     out.width = max(out.width, TABLE_WIDTH)
     out.print(summary(session.kernels, ceilings))
     if reached := time_to(0.95, session.curve):
@@ -178,7 +184,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         f"{trials} trials in {seconds:.0f} s"
         + (f" ({seconds / trials:.2f} s a trial)" if trials else "")
         + f"; use them: python -m mega_tvm.compile --tuning-log {arguments.tuning_log} "
-        f"--threads {arguments.threads}",
+        + (f"--target {target.name}" if on_gpu else f"--threads {arguments.threads}"),
         markup=False,
     )
     return 0

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--workloads", default="default", metavar="LIST", help="names or groups (all, scaling)")
     add("--peers", default="all", metavar="LIST", help="names, or all (default)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure (cpu)")
     add("--threads", type=_positive, default=1, metavar="N", help="threads and cores of each")
     add("--batch", type=_positive, metavar="N", help="another batch for all workloads")
     add("--seq-len", type=_positive, metavar="N", help="another length for all workloads")
@@ -54,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Found out now, not after an hour of measuring.
         if path is not None and not path.absolute().parent.is_dir():
             p.error(f"{path}: no such directory: {path.absolute().parent}")
+    if options.device == "cuda" and not options.list:
+        from .cuda_command import run_on_gpu
+
+        return run_on_gpu(p, options)
     from rich.console import Console
 
     from .peers import select_peers

@@ -56,10 +56,13 @@ def kernel_flops(op: str, spec: Mapping[str, Any] | None) -> int:
     sizes = (*spec.get("lead", ()), *(spec.get(name) for name in ("batch", "seq_len", "q_len")))
     if any(isinstance(size, str) for size in sizes):
         return 0
-    if op == "dense":
+    if op in ("dense", "normed_dense"):
         return 2 * math.prod(spec["lead"]) * int(spec["k"]) * int(spec["n"])
     if op == "ema_scan":
         return 2 * int(spec["batch"]) * int(spec["seq_len"]) * int(spec["channels"])
+    if op == "ema_scan_dense":
+        steps = int(spec["batch"]) * int(spec["seq_len"])
+        return 2 * steps * int(spec["channels"]) * (1 + int(spec["n"]))
     if op in ("gated_attention", "laplace_attention"):
         rows, keys = int(spec["q_len"]), int(spec["k_len"])
         pairs = rows * keys

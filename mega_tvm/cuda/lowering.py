@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tvm
 from tvm import relax, tirx
 
 from . import device_runtime
+from .graph import graph_entries
 from .target import CudaTarget
 from .toolchain import compiled_by_nvcc
 
@@ -30,12 +33,15 @@ def _accurate(name: str) -> Any:
 
 
 @functools.cache
-def _keep_accurate() -> None:
+def keep_accurate() -> None:
+    """Let the functions of `_ACCURATE` be CUDA's of full accuracy, in all that TVM lowers."""
     for name in _ACCURATE:
         tirx.register_intrin_lowering(f"tirx.{name}", target="cuda", f=_accurate(name), level=99)
 
 
-def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
+def lower_cuda(
+    mod: tvm.IRModule, target: CudaTarget, tensors: Sequence[npt.NDArray[Any]]
+) -> tuple[Any, int]:
     """Lower to VM bytecode and a fatbin.
 
     Parameters
@@ -43,10 +49,13 @@ def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
     mod : tvm.IRModule
         As the pack phase leaves it: scheduled PrimFuncs, and Relax functions ``(x, tensors)``.
     target : CudaTarget
+    tensors : sequence of array
+        What the functions take as ``tensors``.
 
     Returns
     -------
     tvm.relax.VMExecutable
+        Each entry, and each again as `mega_tvm.cuda.graph` says.
     int
         Bytes on the device that intermediates of all entries take.
 
@@ -58,7 +67,7 @@ def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
         If nvcc refuses, or TVM's CUDA runtime cannot be loaded.
     """
     device_runtime.load_for_compiling()
-    _keep_accurate()
+    keep_accurate()
     tvm_target = target.tvm_target()
     with tvm_target:
         planned = tvm.transform.Sequential(
@@ -69,6 +78,9 @@ def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
                 relax.transform.StaticPlanBlockMemory(),
             ]
         )(mod)
+        workspace = _storage_bytes(planned)
+        captured = graph_entries(mod, [(array.shape, str(array.dtype)) for array in tensors])
+        planned = tvm.IRModule({**planned.functions, **captured.functions})
         to_vm = tvm.transform.Sequential(
             [
                 relax.transform.LowerAllocTensor(),
@@ -81,7 +93,7 @@ def lower_cuda(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, int]:
         )
         with compiled_by_nvcc(target):
             executable = relax.build(planned, tvm_target, relax_pipeline=to_vm)
-    return executable, _storage_bytes(planned)
+    return executable, workspace
 
 
 def _storage_bytes(mod: tvm.IRModule) -> int:

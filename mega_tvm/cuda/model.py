@@ -18,12 +18,15 @@ from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.tensor_memory import Tensors
 
 from .device import CUDA, Device
+from .graph_names import SUFFIX
 
 
 class CudaModel(Model):
     """A loaded model for a GPU. Make one with `mega_tvm.load`.
 
-    Weights are on the device from the start. Calls take turns: one Relax virtual machine runs them.
+    Weights are on the device from the start. The first call of an entry captures its kernels, but
+    for the first and the last, in a CUDA graph that later calls launch. Calls take turns: one Relax
+    virtual machine runs them.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class CudaModel(Model):
         library: RuntimeLibrary,
         num_threads: int,
         device: Device,
+        cuda_graph: bool = True,
     ) -> None:
         self._device = device
         self._turn = threading.Lock()
@@ -42,7 +46,11 @@ class CudaModel(Model):
         uploaded = [device.upload(np.from_dlpack(view)) for view in tensors.views]
         on_device = Tensors(tensors.block, tvm_ffi.Array(uploaded))
         super().__init__(path, manifest, module, on_device, library, num_threads)
-        self._functions = {entry.name: self._function(entry.name) for entry in self.entries}
+        self._cuda_graph = cuda_graph and bool(manifest["target"].get("cuda_graph"))
+        self._functions = {
+            entry.name: self._function(entry.name + (SUFFIX if self._cuda_graph else ""))
+            for entry in self.entries
+        }
 
     def __call__(self, x: Any, *, out: Any = None, check_finite: bool = False) -> Any:
         """Run the model.
@@ -71,7 +79,13 @@ class CudaModel(Model):
         MegaError
             If the device has no memory left, or fails.
         """
-        if not isinstance(x, np.ndarray) and _device_type(x) == CUDA:
+        device, index = (None, 0) if isinstance(x, np.ndarray) else _device_of(x)
+        if device == CUDA:
+            if index != 0:
+                raise InputError(
+                    f"expected a tensor on cuda:0, where the model is, found one on cuda:{index}; "
+                    "copy it there, or choose the GPU by CUDA_VISIBLE_DEVICES"
+                )
             if out is not None or check_finite:
                 raise InputError(
                     "out and check_finite are for an x on the CPU; take what the call returns, and "
@@ -89,6 +103,11 @@ class CudaModel(Model):
             return result
         target[...] = result
         return target
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether calls launch captured graphs, where kernels stand at fixed addresses."""
+        return self._cuda_graph
 
     def new_machine(self) -> Any:
         """Return a Relax virtual machine of its own, for tracing."""
@@ -116,7 +135,8 @@ class CudaModel(Model):
 
     def _compute(self, entry: Entry, x: tvm_ffi.Tensor) -> Any:
         try:
-            return self._functions[entry.name](x, *self._machine_tensors())
+            tensors = self.tensors if self._cuda_graph else self._machine_tensors()
+            return self._functions[entry.name](x, *tensors)
         except (TypeError, ValueError) as error:  # the library's own checks
             raise DamagedArtifactError(
                 f"{self._path}: the library does not take what its manifest says: {error}"
@@ -137,8 +157,9 @@ def _machine(module: tvm_ffi.Module) -> Any:
     return machine
 
 
-def _device_type(x: Any) -> int | None:
+def _device_of(x: Any) -> tuple[int | None, int]:
     try:
-        return int(x.__dlpack_device__()[0])
+        kind, index = x.__dlpack_device__()
+        return int(kind), int(index)
     except Exception:  # `as_array` says what is wrong with it
-        return None
+        return None, 0

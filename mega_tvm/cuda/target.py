@@ -8,6 +8,7 @@ import re
 from tvm.target import Target
 
 from ..errors import TargetError
+from .archs import runs_on
 
 # GPU generations with cp.async and tensor cores for fp16, by compute capability.
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
@@ -73,3 +74,18 @@ def resolve_cuda(name: str) -> CudaTarget:
     if len(set(archs)) < len(archs):
         raise TargetError(f"target {name!r} names an arch twice: {form}")
     return CudaTarget(name, tuple(sorted(archs)), None)
+
+
+def target_of_arch(arch: int) -> CudaTarget:
+    """Return the target whose machine code a GPU of this compute capability runs best.
+
+    Raises
+    ------
+    TargetError
+        If no code that can be compiled runs there.
+    """
+    fit = [known for known in ARCHS if runs_on(arch, [known], None)]
+    if not fit:
+        supported = ", ".join(f"sm_{known}" for known in ARCHS)
+        raise TargetError(f"a GPU of sm_{arch} is not supported; supported: {supported}")
+    return resolve_cuda(f"cuda-sm_{max(fit)}")

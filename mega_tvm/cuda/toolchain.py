@@ -8,7 +8,9 @@ needs neither nvcc nor nvrtc, and rounds as IEEE 754 says.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +45,23 @@ def find_nvcc() -> Path:
             "compile"
         )
     return nvcc
+
+
+@functools.cache
+def nvcc_version() -> str:
+    """Return the version of nvcc, such as ``13.0``.
+
+    Raises
+    ------
+    TargetError
+        If there is none.
+    CompileError
+        If it does not run.
+    """
+    nvcc = find_nvcc()
+    said = run_tool([nvcc, "--version"], f"{nvcc} does not tell its version")
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else "unknown"
 
 
 def gencode_flags(target: CudaTarget) -> list[str]:

@@ -30,6 +30,7 @@ from schedules.common.kernel import ScheduledKernel
 from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import generate, hand_schedule
 
+from ..cuda.target import CudaTarget
 from ..errors import TuningError
 from ..targets import CpuTarget
 from .log import best_confirmed, is_log, read_log, read_target
@@ -69,9 +70,9 @@ class TunedSchedules:
 
     Parameters
     ----------
-    target : CpuTarget
+    target : CpuTarget or CudaTarget
     threads : int
-        The thread count that records must have been measured with.
+        The thread count that records must have been measured with; 1 for a GPU.
     directories : sequence of Path
         Logs. One of another target is named in `problems` and skipped.
 
@@ -85,12 +86,16 @@ class TunedSchedules:
         Of every kernel that was looked up, by its name.
     """
 
-    def __init__(self, target: CpuTarget, threads: int, directories: Sequence[Path]) -> None:
+    def __init__(
+        self, target: CpuTarget | CudaTarget, threads: int, directories: Sequence[Path]
+    ) -> None:
+        self.target = target
         self.threads = threads
         self.problems: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
         self._records: dict[KernelKey, list[Record]] = {}
         wanted = TargetKey.of(target)
+        self._kind = wanted.kind
         digest = hashlib.sha256()
         for directory in directories:
             log = read_log(directory)
@@ -105,6 +110,13 @@ class TunedSchedules:
                     self._records.setdefault(record.key, []).append(record)
                     digest.update(f"{record.workload_json}\n{record.record_json}\n".encode())
         self.digest = digest.hexdigest() if self._records else None
+
+    @property
+    def subject(self) -> str:
+        """What records must be for, in words."""
+        if self._kind == "cuda":
+            return f"for {self.target.name}"
+        return f"for {self.threads} thread(s)"
 
     def schedule(self, name: str, func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
         """Schedule a naive Mega kernel by its record, or by hand; notes the outcome."""
@@ -122,7 +134,8 @@ class TunedSchedules:
         if space.size == 1:
             return None, Outcome(HIT, "hand", "there is nothing to decide")
         there = self._records.get(key, [])
-        ours = [r for r in there if r.made_by == made_by(key[0]) and space.holds(r.decisions)]
+        made = made_by(key[0], self._kind) if there else None
+        ours = [r for r in there if r.made_by == made and space.holds(r.decisions)]
         best = best_confirmed(ours)
         if best is None:
             if ours:
@@ -141,7 +154,7 @@ class TunedSchedules:
         return best, Outcome(HIT, "tuned")
 
 
-def find_logs(target: CpuTarget, given: Path | None) -> list[Path]:
+def find_logs(target: CpuTarget | CudaTarget, given: Path | None) -> list[Path]:
     """Return the logs that a compile reads: the one given, or those shipped for the target.
 
     Raises

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from schedules.common.attention import AttentionSpec
 from schedules.common.dims import known
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
+from schedules.ema_scan_dense.naive import EmaScanDenseSpec
 from schedules.gated_attention.naive import GatedAttentionSpec
 from schedules.laplace_attention.naive import LaplaceAttentionSpec
 from schedules.layer_norm.naive import LayerNormSpec
+from schedules.normed_dense.naive import NormedDenseSpec
 from schedules.registry import kernel_op
 
 Array = npt.NDArray[Any]
@@ -46,6 +49,10 @@ def make_operands(func: tirx.PrimFunc, seed: int = 0) -> Operands:
     op = kernel_op(func)
     if op == DenseSpec.op:
         return _dense(rng, DenseSpec.of(func))
+    if op == NormedDenseSpec.op:
+        return _normed_dense(rng, NormedDenseSpec.of(func))
+    if op == EmaScanDenseSpec.op:
+        return _ema_scan_dense(rng, EmaScanDenseSpec.of(func))
     if op == LayerNormSpec.op:
         return _layer_norm(rng, LayerNormSpec.of(func))
     if op == EmaScanSpec.op:
@@ -61,10 +68,12 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def _dense(rng: np.random.Generator, spec: DenseSpec) -> Operands:
+def _dense(
+    rng: np.random.Generator, spec: DenseSpec, normed: Callable[[Array], Array] = np.array
+) -> Operands:
     x, b = _normal(rng, *known(spec.lead), spec.k), _normal(rng, spec.n)
     w = _normal(rng, spec.k, spec.n) / np.float32(math.sqrt(spec.k))
-    y = x.astype(np.float64) @ w + b
+    y = normed(x.astype(np.float64)) @ w + b
     if spec.swiglu:
         gate, up = np.split(y, 2, axis=-1)
         y = gate * numpy_mega.sigmoid(gate) * up
@@ -76,19 +85,46 @@ def _dense(rng: np.random.Generator, spec: DenseSpec) -> Operands:
     return Operands((x, w, b, residual), y + residual)
 
 
+def _normed_dense(rng: np.random.Generator, spec: NormedDenseSpec) -> Operands:
+    form = "axon-0.8.0" if spec.clamp_variance else "plain"
+
+    def normed(x: Array) -> Array:
+        return numpy_mega.layer_norm(x, np.ones(spec.k), np.zeros(spec.k), form)
+
+    found = _dense(rng, spec, normed)
+    return dataclasses.replace(found, condition=_condition(found.inputs[0], spec.eps))
+
+
+def _ema_scan_dense(rng: np.random.Generator, spec: EmaScanDenseSpec) -> Operands:
+    scan = _ema_scan(rng, EmaScanSpec(spec.batch, spec.seq_len, spec.channels))
+    w, b = _normal(rng, spec.channels, spec.n), _normal(rng, spec.n)
+    w /= np.float32(math.sqrt(spec.channels))
+    y = scan.expected @ w + b
+    if not spec.residual:
+        return Operands((*scan.inputs, w, b), y)
+    residual = _normal(rng, *y.shape)
+    return Operands((*scan.inputs, w, b, residual), y + residual)
+
+
 def _layer_norm(rng: np.random.Generator, spec: LayerNormSpec) -> Operands:
     x = _normal(rng, *known(spec.lead), spec.n)
     gamma, beta = _normal(rng, spec.n), _normal(rng, spec.n)
     form = "axon-0.8.0" if spec.clamp_variance else "plain"
     g, b = (gamma, beta) if spec.affine else (np.ones(spec.n), np.zeros(spec.n))
     y = numpy_mega.layer_norm(x.astype(np.float64), g, b, form)
-    # The mean is rounded to u |mean|; that error is divided by the deviation. Of few columns the
-    # deviation may be small.
-    x = x.reshape(-1, spec.n).astype(np.float64)
-    deviation = np.sqrt(x.var(axis=-1) + spec.eps)
-    condition = max(1.0, float((np.abs(x.mean(axis=-1)) / deviation).max()))
-    x32 = x.astype(np.float32).reshape(*known(spec.lead), spec.n)
-    return Operands((x32, gamma, beta) if spec.affine else (x32,), y, condition)
+    inputs = (x, gamma, beta) if spec.affine else (x,)
+    return Operands(inputs, y, _condition(x, spec.eps))
+
+
+def _condition(x: Array, eps: float) -> float:
+    """Return how much a layer norm may amplify rounding.
+
+    The mean is rounded to u |mean|; that error is divided by the deviation. Of few columns the
+    deviation may be small.
+    """
+    x = x.astype(np.float64)
+    deviation = np.sqrt(x.var(axis=-1) + eps)
+    return max(1.0, float((np.abs(x.mean(axis=-1)) / deviation).max()))
 
 
 def _ema_scan(rng: np.random.Generator, spec: EmaScanSpec) -> Operands:

@@ -11,7 +11,8 @@ no field for stands in its trace, as annotations of the root block, which schedu
 ``tuning.error``
     Only on a candidate that failed: why.
 
-The target's ``num-cores`` is the number of threads that ran.
+The target's ``num-cores`` is the number of threads that ran. A GPU's target has none, and counts as
+one; its ``arch`` is that of the device.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tvm.target import Target
 
 from schedules.common.spec import OP_ATTR, SPEC_ATTR
 
+from ..cuda.target import CudaTarget
 from ..targets import CpuTarget
 from .space import Space, read_trace
 from .versions import made_by
@@ -41,21 +43,29 @@ KernelKey = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class TargetKey:
-    """What a record's target must have in common with a compile's."""
+    """What a record's target must have in common with a compile's.
+
+    Of a GPU ``mcpu`` is the arch, such as ``sm_90``: a record holds for the one that it was
+    measured on, and so for no target of several.
+    """
 
     kind: str
     mcpu: str
     mattr: tuple[str, ...]
 
     @classmethod
-    def of(cls, target: CpuTarget) -> TargetKey:
+    def of(cls, target: CpuTarget | CudaTarget) -> TargetKey:
         """Return a resolved target's key."""
+        if isinstance(target, CudaTarget):
+            return cls("cuda", "+".join(f"sm_{arch}" for arch in target.archs), ())
         return cls("llvm", target.mcpu, tuple(sorted(target.mattr)))
 
     @classmethod
     def from_json(cls, target: Mapping[str, Any]) -> TargetKey:
         """Return the key of a target as JSON."""
         mattr = target.get("mattr", ())
+        if target["kind"] == "cuda" and "arch" in target:  # TVM's
+            return cls("cuda", str(target["arch"]), ())
         return cls(str(target["kind"]), str(target["mcpu"]), tuple(sorted(map(str, mattr))))
 
     def to_json(self) -> dict[str, Any]:
@@ -117,7 +127,7 @@ class Record:
         op, spec = str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR])
         sch = space.schedule(decisions)
         root = sch.get_sblock("root")
-        sch.annotate(root, _MADE_BY, made_by(op))
+        sch.annotate(root, _MADE_BY, made_by(op, str(target.kind.name)))
         if hand_seconds is not None:
             sch.annotate(root, _HAND, round(hand_seconds * 1e12))
         if error is not None:
@@ -150,7 +160,7 @@ class Record:
             decisions,
             seconds if seconds < FAILED else None,
             TargetKey.from_json(target),
-            int(target["num-cores"]),
+            1 if target["kind"] == "cuda" else int(target["num-cores"]),
             str(notes[_MADE_BY]).strip('"'),
             None if hand is None else int(hand) / 1e12,
             None if error is None else str(error).strip('"'),

@@ -25,8 +25,9 @@ import tvm
 import mega_tvm
 
 from ..bench.environment import hardware
+from ..cuda.target import CudaTarget
 from ..errors import TuningError
-from ..targets import CpuTarget
+from ..targets import CpuTarget, with_threads
 from .log import append, best_confirmed, is_log, read_log
 from .record import Record, TargetKey
 from .search import Search
@@ -91,7 +92,7 @@ class Session:
     Parameters
     ----------
     kernels : sequence of Kernel
-    target : CpuTarget
+    target : CpuTarget or CudaTarget
     threads : int
     directory : Path
         The log; what it holds of these kernels, by these versions, is built on.
@@ -110,7 +111,7 @@ class Session:
     def __init__(
         self,
         kernels: Sequence[Kernel],
-        target: CpuTarget,
+        target: CpuTarget | CudaTarget,
         threads: int,
         directory: Path,
         seed: int,
@@ -122,7 +123,7 @@ class Session:
         ]
         self.problems: list[str] = []
         self._target = TargetKey.of(target)
-        self._measured = dataclasses.replace(target, num_cores=threads).tvm_target()
+        self._measured = with_threads(target, threads).tvm_target()
         self._directory, self._pool = directory, pool
         self.report: Report = lambda every, one: None
         self._started = time.perf_counter()
@@ -131,7 +132,7 @@ class Session:
         self._run: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "device": _device(),
+            "device": _device(target),
             "code_for": target.name,
             "versions": {"mega_tvm": mega_tvm.__version__, "tvm": tvm.__version__},
             "threads": threads,
@@ -188,7 +189,7 @@ class Session:
                 for record in log.records
                 if record.key == kernel.key
                 and record.threads == threads
-                and record.made_by == made_by(kernel.key[0])
+                and record.made_by == made_by(kernel.key[0], self._target.kind)
                 and kernel.space.holds(record.decisions)
             ]
             for record in ours:
@@ -306,6 +307,8 @@ def _but_lengths(kernel: Kernel) -> tuple[Any, ...]:
     return (op, *sorted((k, str(v)) for k, v in spec.items() if k not in _LENGTHS))
 
 
-def _device() -> Mapping[str, Any]:
+def _device(target: CpuTarget | CudaTarget) -> Mapping[str, Any]:
+    if isinstance(target, CudaTarget):
+        return {"gpu": tvm.cuda(0).device_name if tvm.cuda(0).exist else "of a fleet"}
     found = hardware()
     return {name: found[name] for name in ("cpu", "features", "cores", "l3_bytes")}

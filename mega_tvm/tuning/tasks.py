@@ -15,9 +15,12 @@ from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import kernel_op
 
 from ..compiler import import_entries
+from ..cuda.passes import CUDA_PASSES
+from ..cuda.target import CudaTarget
 from ..frontend.onnx import OnnxModel
+from ..passes import GRAPH_PASSES
 from ..pipeline import calls_of, graph_phase, kernel_phase
-from ..targets import CpuTarget
+from ..targets import CpuTarget, with_threads
 from .record import KernelKey
 from .space import Space
 from .trial import Task
@@ -50,7 +53,7 @@ class Kernel:
 def extract_kernels(
     module: torch.nn.Module | OnnxModel,
     shapes: Mapping[str, tuple[int, ...]],
-    target: CpuTarget,
+    target: CpuTarget | CudaTarget,
     threads: int,
 ) -> list[Kernel]:
     """Return the Mega kernels of a model that have decisions to make, each specification once.
@@ -60,14 +63,15 @@ def extract_kernels(
     module : Module or OnnxModel
     shapes : mapping of str to tuple
         Input shapes by entry, as `mega_tvm.compiler.input_shapes` returns them.
-    target : CpuTarget
+    target : CpuTarget or CudaTarget
     threads : int
         Threads that kernels run with.
     """
-    measured = dataclasses.replace(target, num_cores=threads)
+    measured = with_threads(target, threads)
+    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
     tvm_target = measured.tvm_target()
     with tvm_target:
-        mod = kernel_phase(graph_phase(import_entries(module, shapes)[0]))
+        mod = kernel_phase(graph_phase(import_entries(module, shapes)[0], passes=passes))
     called = Counter(
         str(call.args[0].name_hint)
         for _, call in calls_of(mod)

@@ -27,11 +27,13 @@ from schedules.common.kernel import ScheduledKernel
 from schedules.registry import generate
 
 from ..aot import as_c_function
+from ..cuda.target import CudaTarget
 from ..errors import MegaError
 from ..lowering import CPU_PIPELINE
 from ..manifest_schema import round_up
 from ..targets import CpuTarget
 from ..tolerances import compare
+from . import cuda_trial
 from .operands import Operands, make_operands
 from .space import Decisions, Space
 
@@ -66,13 +68,13 @@ class Task:
     name : str
     workload : str or list
         The naive kernel as MetaSchedule's JSON.
-    target : CpuTarget
-        Its ``num_cores`` is the thread count.
+    target : CpuTarget or CudaTarget
+        A CPU's ``num_cores`` is the thread count.
     """
 
     name: str
     workload: Any
-    target: CpuTarget
+    target: CpuTarget | CudaTarget
 
     def space(self) -> Space:
         """Return the kernel's space."""
@@ -92,11 +94,17 @@ class Candidate:
         Those of `RUN`, but for the output.
     calls : int
         Calls of the kernel in one `RUN`.
+    runs : int
+        `RUN`s that are timed together.
+    on_gpu : bool
+        Whether it runs on the first GPU.
     """
 
     executable: Any
     arguments: tuple[npt.NDArray[Any], ...]
     calls: int
+    runs: int = 1
+    on_gpu: bool = False
 
 
 def build(
@@ -123,6 +131,9 @@ def build_candidate(task: Task, decisions: Decisions, operands: Operands) -> Can
     """Generate and compile what decisions select."""
     target, space = task.target.tvm_target(), task.space()
     kernel = generate(space.schedule(decisions).mod["main"], target)
+    if isinstance(task.target, CudaTarget):
+        executable, arguments = cuda_trial.build(kernel, operands, task.target, RUN)
+        return Candidate(executable, arguments, 1, runs=cuda_trial.RUNS, on_gpu=True)
     return build(kernel, operands, target)
 
 
@@ -176,24 +187,26 @@ class Loaded:
 
     def __init__(self, candidate: Candidate, operands: Operands, module: Any, device: Any) -> None:
         self._module, self._device, self._operands = module, device, operands
-        self._calls = candidate.calls
+        self._calls, self._runs = candidate.calls, candidate.runs
         output = np.full(operands.expected.shape, np.nan, np.float32)
         self._arguments = [tvm.runtime.tensor(a, device) for a in (*candidate.arguments, output)]
 
     @classmethod
     def here(cls, candidate: Candidate, operands: Operands) -> Loaded:
         """Load a candidate into this process."""
-        return cls(candidate, operands, candidate.executable.jit(), tvm.cpu())
+        device = tvm.cuda() if candidate.on_gpu else tvm.cpu()
+        return cls(candidate, operands, candidate.executable.jit(), device)
 
     @classmethod
     def there(cls, candidate: Candidate, operands: Operands, session: Any, library: Path) -> Loaded:
         """Load a candidate into an RPC session, by way of a file."""
         candidate.executable.export_library(str(library))
         session.upload(str(library))
-        return cls(candidate, operands, session.load_module(library.name), session.cpu())
+        device = session.cuda() if candidate.on_gpu else session.cpu()
+        return cls(candidate, operands, session.load_module(library.name), device)
 
     def check(self) -> float:
-        """Run once and compare with the naive kernel; return how long that took.
+        """Run once and compare with the naive kernel; return how long a repeat of `time` takes.
 
         Raises
         ------
@@ -206,11 +219,13 @@ class Loaded:
         parity = compare(self._arguments[-1].numpy(), expected, condition=condition)
         if not parity.ok:
             raise WrongResultError(f"wrong result: {parity}")
+        if self._runs > 1:  # a GPU gets its code at the first run, and runs it when it likes
+            return self.time(1) * self._calls * self._runs
         return seconds
 
     def time(self, repeats: int) -> float:
         """Return the shortest time of a call in seconds."""
-        timer = self._module.time_evaluator(RUN, self._device, number=1, repeat=repeats)
+        timer = self._module.time_evaluator(RUN, self._device, number=self._runs, repeat=repeats)
         return min(timer(*self._arguments).results) / self._calls
 
     def measure(self, budget_s: float) -> float:

@@ -1,8 +1,8 @@
 """By what a record was made: it holds for the same code generators and nothing else.
 
-A measured time is that of code which TVM, LLVM and the schedule's own source wrote. The source is
-told by a digest of its syntax trees, docstrings and comments left out, over the modules of
-``schedules`` that it imports: a schedule that was changed has no tuned records until it is tuned
+A measured time is that of code which TVM, LLVM or nvcc, and the schedule's own source wrote. The
+source is told by a digest of its syntax trees, docstrings and comments left out, over the modules
+of ``schedules`` that it imports: a schedule that was changed has no tuned records until it is tuned
 again.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import tvm
@@ -18,13 +19,29 @@ import tvm
 import mega_tvm
 import schedules
 from mega_tvm import lowering
+from mega_tvm.cuda import lowering as cuda_lowering
+from mega_tvm.cuda import toolchain
+from mega_tvm.cuda.toolchain import nvcc_version
 
 _ROOT = Path(schedules.__file__).parent
+_CUDA_LOWERING = (Path(cuda_lowering.__file__), Path(toolchain.__file__))
 
 
 @functools.cache
-def made_by(op: str) -> str:
-    """Return the versions that make the code of a kernel, such as ``dense`` on a CPU."""
+def made_by(op: str, kind: str = "llvm") -> str:
+    """Return the versions that make the code of a kernel, such as ``dense``.
+
+    Parameters
+    ----------
+    op : str
+    kind : str
+        Of the target: ``llvm`` for a CPU, ``cuda`` for a GPU.
+    """
+    if kind == "cuda":
+        return (
+            f"mega_tvm {mega_tvm.__version__}, tvm {tvm.__version__}, nvcc {nvcc_version()}, "
+            f"{op} {source_digest(_ROOT / op / 'cuda.py', _CUDA_LOWERING)[:8]}"
+        )
     llvm = tvm.target.codegen.llvm_version_major(allow_none=True)
     return (
         f"mega_tvm {mega_tvm.__version__}, tvm {tvm.__version__}, llvm {llvm}, "
@@ -32,10 +49,10 @@ def made_by(op: str) -> str:
     )
 
 
-def source_digest(path: Path) -> str:
-    """Return the digest of a schedule's source: its own, what it imports, and the TIR pipeline."""
+def source_digest(path: Path, lowered_by: Sequence[Path] = (Path(lowering.__file__),)) -> str:
+    """Return the digest of a schedule's source: its own, what it imports, and what lowers it."""
     digest = hashlib.sha256()
-    for code in sorted(map(_code, {*_closure(path), Path(lowering.__file__)})):
+    for code in sorted(map(_code, {*_closure(path), *lowered_by})):
         digest.update(code.encode())
     return digest.hexdigest()
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import tvm
 
+from ..cuda.target import CudaTarget
+from .cuda_device import UnfitServerError, check_server
 from .operands import Operands
 from .space import Decisions
 from .trial import (
@@ -35,8 +37,10 @@ PAIRED_ROUNDS = 21
 SERVERS_A_TRIAL = 2
 # A server ends the session of a candidate that takes longer.
 SESSION_LIMIT_S = 10
-_SESSION_ENDED = "RPCSessionTimeoutError"
+# What tells that a candidate, and not its device, is at fault.
+_FAULTS = ("RPCSessionTimeoutError", "CUDA")
 _PR_SET_PDEATHSIG = 1
+_RUN = "run: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Result:
     seconds: float | None
     error: str | None = None
     lost: bool = False
+
+    @property
+    def fault(self) -> bool:
+        """Whether the candidate did not run to its end."""
+        return self.error is not None and self.error.startswith(_RUN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +116,13 @@ def measure(task: Task, decisions: Decisions) -> Result:
     for _ in range(SERVERS_A_TRIAL):
         try:
             candidate = candidate or build_candidate(task, decisions, operands)
-            with _loaded([candidate], operands) as (loaded,):
+            with _loaded(task, [candidate], operands) as (loaded,):
                 return Result(loaded.measure(BUDGET_S))
         except WrongResultError as error:
             return Result(None, str(error))
         except Exception as error:
-            if _State.tracker is None or _SESSION_ENDED in str(error):
-                return Result(None, f"run: {_line(error)}")
+            if _State.tracker is None or _is_fault(error):
+                return Result(None, f"{_RUN}{_line(error)}")
             lost = error
     assert lost is not None
     return Result(None, f"device lost: {_line(lost)}", lost=True)
@@ -124,7 +133,7 @@ def paired(task: Task, first: Decisions, second: Decisions) -> PairedResult | Re
     try:
         operands = _operands(task)
         candidates = [build_candidate(task, each, operands) for each in (first, second)]
-        with _loaded(candidates, operands) as (a, b):
+        with _loaded(task, candidates, operands) as (a, b):
             return PairedResult(*paired_times(a, b, PAIRED_ROUNDS, PAIRED_BUDGET_S))
     except Exception as error:
         return Result(None, _line(error))
@@ -137,19 +146,26 @@ def _operands(task: Task) -> Operands:
 
 
 @contextlib.contextmanager
-def _loaded(candidates: list[Candidate], operands: Operands) -> Iterator[list[Loaded]]:
+def _loaded(task: Task, candidates: list[Candidate], operands: Operands) -> Iterator[list[Loaded]]:
     tracker = _State.tracker
     if tracker is None:
         yield [Loaded.here(candidate, operands) for candidate in candidates]
         return
     devices = tvm.rpc.connect_tracker(tracker.host, tracker.port)
     session = devices.request(tracker.key, session_timeout=SESSION_LIMIT_S)
-    _check_threads(session)
+    if isinstance(task.target, CudaTarget):
+        check_server(session, task.target)
+    else:
+        _check_threads(session)
     with tempfile.TemporaryDirectory(prefix="mega-tvm-tune-") as folder:
         yield [
             Loaded.there(candidate, operands, session, Path(folder) / f"candidate{index}.so")
             for index, candidate in enumerate(candidates)
         ]
+
+
+def _is_fault(error: Exception) -> bool:
+    return not isinstance(error, UnfitServerError) and any(f in str(error) for f in _FAULTS)
 
 
 def _check_threads(session: Any) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from tvm.support.popen_pool import PopenWorker
 
 from ..bench.ceilings import Ceilings, measure_ceilings
+from ..cuda.target import CudaTarget
 from . import worker_main
 from .space import Decisions
 from .trial import Task
@@ -242,6 +243,8 @@ class Pool:
                     candidates[index],
                     limit_s=self._limits[1],
                 )
+                if isinstance(task.target, CudaTarget) and results[index].fault:
+                    worker.kill()  # a GPU's fault stays with its process
             except WorkerError as error:
                 # A fleet's device that no one gives is not the candidate's fault.
                 results[index] = Result(None, f"run: {error}", lost=self._remote)

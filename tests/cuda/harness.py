@@ -1,4 +1,4 @@
-"""Schedules, compiles and runs one kernel in the emulator. Import only in its process."""
+"""Schedules, compiles and runs one kernel. Import only in a device's process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.tolerances import assert_parity
 from schedules.common.kernel import ScheduledKernel
 from schedules.common.storage import storage_of, stored_as
-from tests.cuda.emulator import activate
+from tests.cuda import device
 from tests.schedules.cases import Case
 from tests.schedules.harness import scheduled as scheduled_for
 
@@ -34,11 +34,11 @@ def unchanged(source: str) -> str:
 
 
 @contextmanager
-def compiled_for_emulator(mutate: Callable[[str], str] = unchanged):
-    """Let TVM compile CUDA C for the emulator, after ``mutate``."""
+def compiled_for_device(mutate: Callable[[str], str] = unchanged):
+    """Let TVM compile CUDA C for this process's device, after ``mutate``."""
 
     def compile_it(source: str) -> bytes:
-        return activate.compile_kernels(mutate(source))
+        return device.compile_kernels(mutate(source))
 
     name = "tvm_callback_cuda_compile"
     before = tvm_ffi.get_global_func(name)
@@ -56,7 +56,7 @@ class Kernel:
         self.pack = kernel.pack
         self.dtypes = storage_of(kernel.func) or ("float32",) * len(kernel.func.params)
         module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
-        with compiled_for_emulator(mutate):
+        with compiled_for_device(mutate):
             self.compiled = tvm.compile(module, TARGET)
         self.main = self.compiled["main"]
 
@@ -69,8 +69,8 @@ class Kernel:
             for a, dtype in zip(packed, self.dtypes, strict=False)
         }
         out = tvm.runtime.tensor(np.full(shape, np.nan, self.dtypes[-1]), tvm.cuda(0))
-        activate.set_order(order)
-        with activate.watched() as reports:
+        device.set_order(order)
+        with device.watched() as reports:
             self.main(*(shared[id(a)] for a in packed), out)
         return out.numpy().astype(np.float32), reports
 

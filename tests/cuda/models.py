@@ -1,4 +1,4 @@
-"""Compiled models for the tests of this folder. Import only in the emulator's process."""
+"""Compiled models for the tests of this folder. Import only in a device's process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from mega_tvm.compiler import compile_model
 from mega_tvm.cuda import toolchain
-from tests.compiler.models import Golden, golden
-from tests.cuda.emulator import activate
+from tests.compiler.models import GOLDEN, SHARED, Golden, golden
+from tests.cuda import device
 
-# As nvcc would, for the emulator.
-toolchain.compile_fatbin = lambda source, _target: activate.compile_kernels(source)
+if not device.is_real():  # as nvcc would, for the emulator
+    toolchain.compile_fatbin = lambda source, _target: device.compile_kernels(source)
 
 FORMS = {"low_variance": "axon-0.8.0"}
 
@@ -29,10 +29,11 @@ def compiled(
     case: str, dtype: str = "float32", target: str = "cuda"
 ) -> tuple[Path, Golden, list[str]]:
     """Compile a golden case; return the library, the case, and what kernels did wrong meanwhile."""
-    found = golden(case, FORMS.get(case, "plain"))
+    folder = SHARED if case == "default" else GOLDEN
+    found = golden(case, FORMS.get(case, "plain"), folder)
     batch, seq_len, _ = found.x.shape
     output = Path(_folder().name) / f"{case}_{dtype}.so"
-    with activate.watched() as reports:  # the compiler runs what it compiled
+    with device.watched() as reports:  # the compiler runs what it compiled
         compile_model(
             found.checkpoint,
             target=target,

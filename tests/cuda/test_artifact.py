@@ -1,33 +1,55 @@
-"""Whole models: the host code, the virtual machine and every kernel, in emulation."""
+"""Whole models: the host code, the virtual machine and every kernel, on every device."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.compiler.models import SHARED
+from tests.cuda.devices import on_every_device, on_gpu
 from tests.cuda.emulator.worker import in_emulator
+
+LARGE = pytest.mark.skipif(
+    not (SHARED / "default.npz").exists(), reason="the large golden case is not here"
+)
 
 
 @pytest.mark.parametrize("case", ["odd", "tiny_laplace"])
-@in_emulator
+@on_every_device
 def test_agrees_with_edifice(case: str) -> None:
+    assert_agrees(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "tiny", "equal_dims", "seq1", "long", "low_variance", "low_variance_axon081",
+        pytest.param("default", marks=LARGE),
+    ],
+)  # fmt: skip
+@on_gpu
+def test_every_golden_case_agrees_with_edifice(case: str) -> None:
+    assert_agrees(case)
+
+
+def assert_agrees(case: str) -> None:
     import mega_tvm
     from mega_tvm.tolerances import assert_parity
-    from tests.cuda.emulator import activate
+    from tests.cuda import device
     from tests.cuda.models import compiled
 
     path, golden, reports = compiled(case)
     assert not reports, "\n".join(reports)
     model = mega_tvm.load(path)
     for order in (1, 2):
-        activate.set_order(order)
-        with activate.watched() as reports:
+        device.set_order(order)
+        with device.watched() as reports:
             y = model(golden.x)
         assert not reports, "\n".join(reports)
         assert_parity(y, golden.y, name=f"against Edifice, order {order}")
         assert_parity(y, golden.oracle(), name=f"against float64, order {order}")
 
 
-@in_emulator
+@on_every_device
 def test_what_the_manifest_says() -> None:
     import mega_tvm
     from tests.cuda.models import compiled
@@ -42,7 +64,7 @@ def test_what_the_manifest_says() -> None:
         assert all(32 <= launch["threads"] <= 1024 for launch in kernel["launches"])
 
 
-@in_emulator
+@on_every_device
 def test_a_block_takes_at_most_8_launches() -> None:
     """From one block's EMA to the next block's."""
     import mega_tvm
@@ -56,7 +78,7 @@ def test_a_block_takes_at_most_8_launches() -> None:
     assert sum(len(call.kernel["launches"]) for call in calls[first:second]) <= 8
 
 
-@in_emulator
+@on_every_device
 def test_tensors_on_the_device_stay_there() -> None:
     import numpy as np
     import tvm
@@ -71,7 +93,7 @@ def test_tensors_on_the_device_stay_there() -> None:
     np.testing.assert_array_equal(model.fetch(y), model(golden.x))
 
 
-@in_emulator
+@on_every_device
 def test_verify_and_trace() -> None:
     import mega_tvm
     from mega_tvm.tracing import trace
@@ -83,7 +105,7 @@ def test_verify_and_trace() -> None:
     assert [call.kernel["op"] for call in calls].count("ema_scan_dense") == golden.config.num_layers
 
 
-@in_emulator
+@on_every_device
 def test_inputs_that_do_not_fit() -> None:
     import numpy as np
     import pytest

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from schedules.dense.naive import DenseSpec
-from tests.cuda.emulator.worker import in_emulator
+from tests.cuda.devices import on_every_device
 
 # lead, k, n, options. Up to 8 rows are one kernel, more another; k a multiple of 4 or not.
 CASES = {
@@ -24,7 +24,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@in_emulator
+@on_every_device
 def test_parity(name: str) -> None:
     from tests.cuda.harness import check
     from tests.schedules.cases import dense_case

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from schedules.dense.naive import DenseSpec
-from tests.cuda.emulator.worker import in_emulator
+from tests.cuda.devices import on_every_device
 
 # lead, k, n, options: up to 8 rows, and more; k a multiple of 8 (asynchronous copies) or not
 DENSE = {
@@ -61,7 +61,7 @@ def rng():
 
 
 @pytest.mark.parametrize("name", DENSE)
-@in_emulator
+@on_every_device
 def test_dense(name: str) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import dense_case
@@ -71,7 +71,7 @@ def test_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NORMED)
-@in_emulator
+@on_every_device
 def test_normed_dense(name: str) -> None:
     from schedules.normed_dense.naive import NormedDenseSpec
     from tests.cuda.fused_cases import normed_case
@@ -83,7 +83,7 @@ def test_normed_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NORMS)
-@in_emulator
+@on_every_device
 def test_layer_norm(name: str) -> None:
     from schedules.layer_norm.naive import LayerNormSpec
     from tests.cuda.harness import check, stored_in_half
@@ -96,7 +96,7 @@ def test_layer_norm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCANS)
-@in_emulator
+@on_every_device
 def test_ema_scan(name: str) -> None:
     from schedules.ema_scan.naive import EmaScanSpec
     from tests.cuda.harness import check, stored_in_half
@@ -106,7 +106,7 @@ def test_ema_scan(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCANS_DENSE)
-@in_emulator
+@on_every_device
 def test_ema_scan_dense(name: str) -> None:
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec
     from tests.cuda.fused_cases import scan_dense_case
@@ -118,7 +118,7 @@ def test_ema_scan_dense(name: str) -> None:
 
 @pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 @pytest.mark.parametrize("name", ATTENTIONS)
-@in_emulator
+@on_every_device
 def test_attention(name: str, laplace: bool) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import attention_case, attention_spec
@@ -128,7 +128,7 @@ def test_attention(name: str, laplace: bool) -> None:
 
 
 @pytest.mark.parametrize("name", TILES)
-@in_emulator
+@on_every_device
 def test_attention_in_tiles(name: str) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import attention_case, attention_spec
@@ -139,7 +139,7 @@ def test_attention_in_tiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [0, 7, -1], ids=["smallest", "middle", "largest"])
-@in_emulator
+@on_every_device
 def test_dense_in_tiles(tile: int) -> None:
     from schedules.dense.cuda_mma import mma_tiles
     from tests.cuda.harness import check, stored_in_half

@@ -1,28 +1,28 @@
-"""Whole models on float16 tensors, in emulation."""
+"""Whole models on float16 tensors."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.cuda.emulator.worker import in_emulator
+from tests.cuda.devices import on_every_device
 
 
 @pytest.mark.parametrize("case", ["odd", "tiny_laplace"])
-@in_emulator
+@on_every_device
 def test_agrees_with_edifice(case: str) -> None:
     import numpy as np
 
     import mega_tvm
     from mega_tvm.tolerances import assert_parity
-    from tests.cuda.emulator import activate
+    from tests.cuda import device
     from tests.cuda.models import compiled
 
     path, golden, reports = compiled(case, "float16")
     assert not reports, "\n".join(reports)
     model = mega_tvm.load(path)
     for order in (1, 2):
-        activate.set_order(order)
-        with activate.watched() as reports:
+        device.set_order(order)
+        with device.watched() as reports:
             y = model(golden.x)
         assert not reports, "\n".join(reports)
         assert y.dtype == np.float32
@@ -30,7 +30,7 @@ def test_agrees_with_edifice(case: str) -> None:
         assert_parity(y, golden.oracle(), "float16", name=f"against float64, order {order}")
 
 
-@in_emulator
+@on_every_device
 def test_what_is_float16() -> None:
     """Weights and activations are; biases, decays and the ends of an entry are not."""
     import mega_tvm
@@ -50,7 +50,7 @@ def test_what_is_float16() -> None:
     assert by_type["float32"] == 0, "a matrix is float32"
 
 
-@in_emulator
+@on_every_device
 def test_verify(tmp_path) -> None:
     from mega_tvm.verify import main
     from mega_tvm.weights import save_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cuda.emulator.worker import in_emulator
+from tests.cuda.devices import on_every_device
 
 # lead, k, n, options
 NORMED = {
@@ -23,7 +23,7 @@ SCANS = {
 
 
 @pytest.mark.parametrize("name", NORMED)
-@in_emulator
+@on_every_device
 def test_normed_dense(name: str) -> None:
     from schedules.normed_dense.naive import NormedDenseSpec
     from tests.cuda.fused_cases import normed_case
@@ -34,7 +34,7 @@ def test_normed_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCANS)
-@in_emulator
+@on_every_device
 def test_ema_scan_dense(name: str) -> None:
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec
     from tests.cuda.fused_cases import scan_dense_case
@@ -44,7 +44,7 @@ def test_ema_scan_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 7, 59, 257, 1000])
-@in_emulator
+@on_every_device
 def test_ema_scan_dense_in_segments(length: int) -> None:
     """As long sequences are scanned, by two launches."""
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec
@@ -57,7 +57,7 @@ def test_ema_scan_dense_in_segments(length: int) -> None:
         check(case, f"D{channels}", orders=(0, 2), rows=rows, segmented=1)
 
 
-@in_emulator
+@on_every_device
 def test_long_sequences_are_scanned_in_segments() -> None:
     from mega_tvm.cuda.lowering import launch_threads
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cuda.emulator.worker import in_emulator
+from tests.cuda.devices import on_every_device
 
 NORMS = {
     "M1-N1": ((1,), 1, {}),
@@ -29,7 +29,7 @@ ATTENTIONS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-@in_emulator
+@on_every_device
 def test_layer_norm(name: str) -> None:
     from schedules.layer_norm.naive import LayerNormSpec
     from tests.cuda.harness import check
@@ -44,7 +44,7 @@ def test_layer_norm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCANS)
-@in_emulator
+@on_every_device
 def test_ema_scan(name: str) -> None:
     from schedules.ema_scan.naive import EmaScanSpec
     from tests.cuda.harness import check
@@ -54,7 +54,7 @@ def test_ema_scan(name: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 7, 59, 257, 1000])
-@in_emulator
+@on_every_device
 def test_ema_scan_in_segments(length: int) -> None:
     """As long sequences are scanned: by two launches, the first of which finds segments' ends."""
     from schedules.ema_scan.naive import EmaScanSpec
@@ -68,7 +68,7 @@ def test_ema_scan_in_segments(length: int) -> None:
 
 @pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 @pytest.mark.parametrize("name", ATTENTIONS)
-@in_emulator
+@on_every_device
 def test_attention(name: str, laplace: bool) -> None:
     from tests.cuda.harness import check
     from tests.schedules.cases import attention_case, attention_spec

@@ -86,7 +86,9 @@ def test_a_record_that_was_not_confirmed_is_a_miss(write, kernel) -> None:
 
 
 def test_a_record_by_other_versions_is_stale(write, kernel, monkeypatch) -> None:
-    monkeypatch.setattr("mega_tvm.tuning.record.made_by", lambda op: "mega_tvm 0.0.9, tvm 0.26")
+    monkeypatch.setattr(
+        "mega_tvm.tuning.record.made_by", lambda op, kind: "mega_tvm 0.0.9, tvm 0.26"
+    )
     directory = write(record(kernel, 1e-5, 2e-5, tile_m=3))
     _, outcome, _ = look_up(directory, kernel.space.workload["main"])
     assert (outcome.kind, outcome.source) == ("stale", "hand")

@@ -159,7 +159,7 @@ def test_more_trials_confirm_anew(kernels, tmp_path) -> None:
 
 
 def test_records_by_other_versions_are_not_built_on(kernels, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("mega_tvm.tuning.record.made_by", lambda op: "mega_tvm 0.0.0")
+    monkeypatch.setattr("mega_tvm.tuning.record.made_by", lambda op, kind: "mega_tvm 0.0.0")
     session(kernels, tmp_path, FakePool(quick_tiles)).run(20)
     monkeypatch.undo()
     pool = FakePool(quick_tiles)

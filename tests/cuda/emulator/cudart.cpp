@@ -1,12 +1,13 @@
 // libcudart.so.13: the CUDA runtime functions that TVM calls, on the engine. Streams are in order
-// because every call is finished when it returns; graphs are not supported.
+// because every call is finished when it returns. Launches into a captured stream are kept and not run;
+// what CUDA forbids meanwhile is refused.
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine.h"
 
 namespace {
-enum { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotSupported = 801 };
+enum { kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotSupported = 801, kCaptureUnsupported = 900 };
 constexpr size_t kNameBytes = 256;
 
 long setting(const char* name, long usual) {
@@ -51,21 +52,31 @@ EXPORT int cudaGetDeviceProperties(void* properties, int) {
 }
 EXPORT int cudaMemGetInfo(size_t* available, size_t* total) { return *available = *total = size_t(8) << 30, kOk; }
 EXPORT int cudaMalloc(void** out, size_t bytes) {
+  if (emu_capturing()) return kCaptureUnsupported;
   if ((allocated += bytes) > (size_t)setting("EMULATED_MEMORY", 8l << 30)) return allocated -= bytes, kOutOfMemory;
   return (*out = emu_malloc(bytes)) ? kOk : kOutOfMemory;
 }
-EXPORT int cudaFree(void* p) { return emu_free(p) ? kOk : kInvalidValue; }
+EXPORT int cudaFree(void* p) { return emu_capturing() ? kCaptureUnsupported : emu_free(p) ? kOk : kInvalidValue; }
 EXPORT int cudaMallocHost(void** out, size_t bytes) { return (*out = malloc(bytes)) ? kOk : kOutOfMemory; }
 EXPORT int cudaFreeHost(void* p) { return free(p), kOk; }
-EXPORT int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void*) { return memmove(to, from, bytes), kOk; }
+EXPORT int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void*) { return emu_capturing() ? kCaptureUnsupported : (memmove(to, from, bytes), kOk); }
 EXPORT int cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, void*) { return memmove(to, from, bytes), kOk; }
 #define DONE(name) EXPORT int name() { return kOk; }
-#define REFUSED(name) EXPORT int name() { return kNotSupported; }
 EXPORT int cudaStreamCreate(void** stream) { return *stream = nullptr, kOk; }
 EXPORT int cudaStreamCreateWithFlags(void** stream, unsigned) { return *stream = nullptr, kOk; }
-EXPORT int cudaEventCreate(void** event) { return *event = nullptr, kOk; }
-EXPORT int cudaEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 0, kOk; }
-DONE(cudaStreamDestroy) DONE(cudaStreamSynchronize) DONE(cudaStreamWaitEvent)
-DONE(cudaEventDestroy) DONE(cudaEventRecord) DONE(cudaEventSynchronize)
-REFUSED(cudaStreamBeginCapture) REFUSED(cudaStreamEndCapture) REFUSED(cudaGraphInstantiate)
-REFUSED(cudaGraphLaunch) REFUSED(cudaGraphDestroy) REFUSED(cudaGraphExecDestroy)
+// An event is the engine's clock when it was recorded, in nanoseconds.
+EXPORT int cudaEventCreate(uint64_t** event) { return *event = new uint64_t(0), kOk; }
+EXPORT int cudaEventDestroy(uint64_t* event) { return delete event, kOk; }
+EXPORT int cudaEventRecord(uint64_t* event, void*) { return *event = emu_clock(), kOk; }
+EXPORT int cudaEventElapsedTime(float* milliseconds, uint64_t* from, uint64_t* to) {
+  return *milliseconds = (*to - *from) / 1e6f, kOk;
+}
+EXPORT int cudaStreamSynchronize(void*) { return emu_capturing() ? kCaptureUnsupported : kOk; }
+DONE(cudaStreamDestroy) DONE(cudaStreamWaitEvent)
+DONE(cudaEventSynchronize)
+EXPORT int cudaStreamBeginCapture(void*, int) { return emu_begin_capture(), kOk; }
+EXPORT int cudaStreamEndCapture(void*, void** graph) { return *graph = emu_end_capture(), kOk; }
+EXPORT int cudaGraphInstantiate(void** out, void* graph, uint64_t) { return *out = emu_copy_graph(graph), kOk; }
+EXPORT int cudaGraphLaunch(void* graph, void*) { return emu_launch_graph(graph) ? kOk : kInvalidValue; }
+EXPORT int cudaGraphDestroy(void* graph) { return emu_free_graph(graph), kOk; }
+EXPORT int cudaGraphExecDestroy(void* graph) { return emu_free_graph(graph), kOk; }

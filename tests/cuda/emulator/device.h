@@ -80,7 +80,17 @@ __attribute__((no_sanitize("thread"))) static void emu_call(void (*f)(A...), voi
 #define EMU_KERNEL(kernel)                                                                      \
   extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void emu_kernel_##kernel(void** a) { \
     emu_run(kernel, a);                                                                         \
+  }                                                                                             \
+  extern "C" __attribute__((visibility("default"))) unsigned emu_sizes_##kernel(unsigned* s) {  \
+    return emu_argument_sizes(kernel, s);                                                       \
   }
+// Sizes of a kernel's arguments, for a graph that keeps them; returns their number.
+template <class... A>
+__attribute__((no_sanitize("thread"))) static unsigned emu_argument_sizes(void (*)(A...), unsigned* s) {
+  unsigned count = 0;
+  ((void)(s[count++] = sizeof(A)), ...);
+  return count;
+}
 template <class... A>
 __attribute__((no_sanitize("thread"))) static void emu_run(void (*f)(A...), void** a) {
   emu_call(f, a, typename EmuCount<sizeof...(A)>::list{});

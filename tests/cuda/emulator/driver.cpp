@@ -8,7 +8,7 @@
 #include "engine.h"
 
 namespace {
-enum { kOk = 0, kInvalidValue = 1, kInvalidImage = 200, kNoBinary = 209, kNotFound = 500, kNotSupported = 801 };
+enum { kOk = 0, kInvalidValue = 1, kInvalidImage = 200, kNoBinary = 209, kNotFound = 500, kNotSupported = 801, kCaptureUnsupported = 900 };
 constexpr int kMaxDynamicSharedSize = 8, kMostDynamicShared = 227 << 10;
 
 struct Module {
@@ -26,6 +26,7 @@ struct LaunchConfig {
 
 // An image is "EMULATED", its length, and a shared library.
 EXPORT int cuModuleLoadData(Module** out, const char* image) {
+  if (emu_capturing()) return kCaptureUnsupported;
   if (memcmp(image, "EMULATED", 8)) return kNoBinary;
   uint64_t bytes;
   memcpy(&bytes, image + 8, 8);

@@ -20,6 +20,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -70,10 +71,20 @@ struct Kernel {
   void (*entry)(void**);
   const char* image;
   size_t dynamic_limit;
+  unsigned (*sizes)(unsigned*);
 };
 
+// A launch that a graph keeps, arguments and all.
+struct Launch {
+  void* kernel;
+  EmuIndex grid, block;
+  size_t dynamic;
+  std::vector<std::vector<char>> arguments;
+};
+std::vector<Launch>* captured;  // where launches go while a stream is captured
+
 std::vector<std::string> reports;
-uint64_t report_count, launch_count;
+uint64_t report_count, launch_count, graph_launch_count, clock_ns;
 unsigned order;
 
 std::map<char*, Range> allocations;
@@ -441,8 +452,10 @@ EXPORT void __tsan_write_range(void* p, size_t n) { touch(p, n, true, CALLER); }
 EXPORT void emu_set_order(unsigned value) { order = value; }
 EXPORT uint64_t emu_report_count() { return report_count; }
 EXPORT uint64_t emu_launch_count() { return launch_count; }
+EXPORT uint64_t emu_graph_launch_count() { return graph_launch_count; }
+uint64_t emu_clock() { return clock_ns; }
 EXPORT const char* emu_report(uint64_t i) { return i < reports.size() ? reports[i].c_str() : nullptr; }
-EXPORT void emu_clear() { reports.clear(), report_count = launch_count = 0; }
+EXPORT void emu_clear() { reports.clear(), report_count = launch_count = graph_launch_count = 0; }
 
 // ---- memory and launches, for the driver's and the CUDA runtime's functions -----------------------
 
@@ -464,12 +477,35 @@ bool emu_free(void* begin) {
 
 void* emu_kernel(void* library, const char* image, const char* name) {
   void* entry = dlsym(library, (std::string("emu_kernel_") + name).c_str());
-  return entry ? new Kernel{name, (void (*)(void**))entry, image, 48 << 10} : nullptr;
+  void* sizes = dlsym(library, (std::string("emu_sizes_") + name).c_str());
+  return entry ? new Kernel{name, (void (*)(void**))entry, image, 48 << 10, (unsigned (*)(unsigned*))sizes} : nullptr;
+}
+
+bool emu_capturing() { return captured; }
+void emu_begin_capture() { captured = new std::vector<Launch>; }
+void* emu_end_capture() { return std::exchange(captured, nullptr); }
+void emu_free_graph(void* graph) { delete (std::vector<Launch>*)graph; }
+void* emu_copy_graph(void* graph) { return new std::vector<Launch>(*(std::vector<Launch>*)graph); }
+bool emu_launch_graph(void* graph) {
+  for (Launch& launch : *(std::vector<Launch>*)graph) {
+    std::vector<void*> values;
+    for (auto& argument : launch.arguments) values.push_back(argument.data());
+    if (!emu_launch(launch.kernel, launch.grid, launch.block, launch.dynamic, values.data())) return false;
+    graph_launch_count++;
+  }
+  return true;
 }
 
 void emu_allow_dynamic(void* handle, size_t bytes) { ((Kernel*)handle)->dynamic_limit = bytes; }
 
 bool emu_launch(void* handle, EmuIndex grid_size, EmuIndex block_size, size_t dynamic, void** values) {
+  if (captured) {
+    unsigned sizes[256], number = ((Kernel*)handle)->sizes(sizes);
+    Launch launch{handle, grid_size, block_size, dynamic, {}};
+    for (unsigned i = 0; i < number; i++) launch.arguments.emplace_back((char*)values[i], (char*)values[i] + sizes[i]);
+    captured->push_back(launch);
+    return true;
+  }
   kernel = (Kernel*)handle;
   uint64_t count = (uint64_t)block_size.x * block_size.y * block_size.z;
   uint64_t blocks = (uint64_t)grid_size.x * grid_size.y * grid_size.z;
@@ -481,6 +517,8 @@ bool emu_launch(void* handle, EmuIndex grid_size, EmuIndex block_size, size_t dy
     stacks = (char*)mmap(nullptr, stack_count * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   launch_count++;
+  // No claim about any GPU: a time that depends on blocks and threads, as one on a GPU does.
+  clock_ns += 2000 + (blocks + 107) / 108 * (100 + count);
   arguments = values, grid = grid_size, threads = block_size, dynamic_bytes = dynamic;
   launch_stamp = ++stamp;
   std::vector<uint32_t> turns(blocks);
