@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from .ceilings import Ceilings
 from .cuda_clock import Clock, L2Evictor
 from .cuda_peers import OURS, PEERS, Call
-from .flops import executed_flops, plain_flops
 from .measure import Timing
 from .oracle import TOLERANCE, expected_output, relative_error
-from .runner import Row
+from .runner import Row, with_rates
 from .workloads import Workload, random_input, random_params
 
 WARMUP_CALLS = 3
@@ -21,12 +21,10 @@ CALLS_A_TURN = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class CudaCeilings:
+class CudaCeilings(Ceilings):
     """What the GPU does at most, measured: fp32 and fp16 by PyTorch's own large products."""
 
-    fma_gflops: float
     fp16_gflops: float
-    copy_gb_per_s: float
 
 
 def why_no_device() -> str | None:
@@ -117,9 +115,7 @@ def run(
         weight_bytes = sum(value.nbytes for value in params.values())
         for index, timing in warm.items():
             row = dataclasses.replace(rows[index], warm=timing, cold=emptied.get(index))
-            kernels = getattr(calls[index], "metadata", {}).get("kernels")
-            flops = executed_flops(kernels) if kernels else plain_flops(workload, row.pruned)
-            rows[index] = _with_shares(row, flops, weight_bytes, ceilings)
+            rows[index] = with_rates(row, workload, calls[index], weight_bytes, ceilings)
     return rows
 
 
@@ -144,21 +140,6 @@ def _interleaved(
                 before,
             )
     return {index: Timing.of(found) for index, found in times.items()}
-
-
-def _with_shares(row: Row, flops: int, weight_bytes: int, ceilings: CudaCeilings) -> Row:
-    """Add rates: of what our kernels execute, and of a peer's useful arithmetic."""
-    assert row.warm is not None
-    gflops = flops / row.warm.minimum_us / 1e3
-    weights = weight_bytes / row.warm.minimum_us / 1e3
-    return dataclasses.replace(
-        row,
-        gflop=flops / 1e9,
-        gflops=gflops,
-        fma_share=gflops / ceilings.fma_gflops,
-        weight_gb_per_s=weights,
-        copy_share=weights / ceilings.copy_gb_per_s,
-    )
 
 
 def _on_cpu(y: Any) -> Any:

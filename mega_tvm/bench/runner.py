@@ -161,7 +161,7 @@ def _run_workload(
             warm=warm,
             cold=cold,
         )
-        rows[name] = _with_shares(rows[name], workload, entrant, weight_bytes, ceilings)
+        rows[name] = with_rates(rows[name], workload, entrant.model, weight_bytes, ceilings)
         if settings.memory:
             say(f"{workload.name}: memory of {name}")
             rows[name] = dataclasses.replace(
@@ -199,8 +199,8 @@ def _fastest_form(
     return best or "; ".join(faults)
 
 
-def _with_shares(
-    row: Row, workload: Workload, entrant: _Entrant, weight_bytes: int, ceilings: Ceilings
+def with_rates(
+    row: Row, workload: Workload, model: object, weight_bytes: int, ceilings: Ceilings
 ) -> Row:
     """Add the arithmetic of a run and its rates against the ceilings.
 
@@ -208,8 +208,8 @@ def _with_shares(
     plain model or its pruned graph, so that its share is of useful work.
     """
     assert row.warm is not None
-    kernels = getattr(entrant.model, "metadata", {}).get("kernels")
-    flops = executed_flops(kernels) if kernels else plain_flops(workload, entrant.pruned)
+    kernels = getattr(model, "metadata", {}).get("kernels")
+    flops = executed_flops(kernels) if kernels else plain_flops(workload, row.pruned)
     gflops = flops / row.warm.minimum_us / 1e3
     weight_gb_per_s = weight_bytes / row.warm.minimum_us / 1e3
     return dataclasses.replace(

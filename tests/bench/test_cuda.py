@@ -62,7 +62,7 @@ def test_options_that_do_not_fit(arguments, message, capsys) -> None:
 
 def test_rows_of_a_run(tiny) -> None:
     """On the CPU: every model that can run there answers right, and the report holds all."""
-    ceilings, clock = CudaCeilings(1e4, 1e5, 1e3), Clock()
+    ceilings, clock = CudaCeilings(fma_gflops=1e4, fp16_gflops=1e5, copy_gb_per_s=1e3), Clock()
     rows = run(
         [tiny()],
         ["mega_tvm", "torch-eager", "torch-eager-graph"],

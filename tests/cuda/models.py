@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+import mega_tvm
 from mega_tvm.compiler import compile_model
 from mega_tvm.cuda import toolchain
+from mega_tvm.tolerances import assert_parity
 from tests.compiler.models import GOLDEN, SHARED, Golden, golden
 from tests.cuda import device
 
@@ -47,3 +49,18 @@ def compiled(
 
 def random_input(path_shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(path_shape, dtype=np.float32)
+
+
+def assert_agrees(case: str, dtype: str = "float32") -> None:
+    """Run a golden case in every order: right, in float32, and nothing to report."""
+    path, golden, reports = compiled(case, dtype)
+    assert not reports, "\n".join(reports)
+    model = mega_tvm.load(path)
+    for order in (1, 2):
+        device.set_order(order)
+        with device.watched() as reports:
+            y = model(golden.x)
+        assert not reports, "\n".join(reports)
+        assert y.dtype == np.float32
+        assert_parity(y, golden.y, dtype, name=f"against Edifice, order {order}")
+        assert_parity(y, golden.oracle(), dtype, name=f"against float64, order {order}")

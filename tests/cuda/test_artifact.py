@@ -16,6 +16,8 @@ LARGE = pytest.mark.skipif(
 @pytest.mark.parametrize("case", ["odd", "tiny_laplace"])
 @on_every_device
 def test_agrees_with_edifice(case: str) -> None:
+    from tests.cuda.models import assert_agrees
+
     assert_agrees(case)
 
 
@@ -28,25 +30,9 @@ def test_agrees_with_edifice(case: str) -> None:
 )  # fmt: skip
 @on_gpu
 def test_every_golden_case_agrees_with_edifice(case: str) -> None:
+    from tests.cuda.models import assert_agrees
+
     assert_agrees(case)
-
-
-def assert_agrees(case: str) -> None:
-    import mega_tvm
-    from mega_tvm.tolerances import assert_parity
-    from tests.cuda import device
-    from tests.cuda.models import compiled
-
-    path, golden, reports = compiled(case)
-    assert not reports, "\n".join(reports)
-    model = mega_tvm.load(path)
-    for order in (1, 2):
-        device.set_order(order)
-        with device.watched() as reports:
-            y = model(golden.x)
-        assert not reports, "\n".join(reports)
-        assert_parity(y, golden.y, name=f"against Edifice, order {order}")
-        assert_parity(y, golden.oracle(), name=f"against float64, order {order}")
 
 
 @on_every_device

@@ -10,24 +10,9 @@ from tests.cuda.devices import on_every_device
 @pytest.mark.parametrize("case", ["odd", "tiny_laplace"])
 @on_every_device
 def test_agrees_with_edifice(case: str) -> None:
-    import numpy as np
+    from tests.cuda.models import assert_agrees
 
-    import mega_tvm
-    from mega_tvm.tolerances import assert_parity
-    from tests.cuda import device
-    from tests.cuda.models import compiled
-
-    path, golden, reports = compiled(case, "float16")
-    assert not reports, "\n".join(reports)
-    model = mega_tvm.load(path)
-    for order in (1, 2):
-        device.set_order(order)
-        with device.watched() as reports:
-            y = model(golden.x)
-        assert not reports, "\n".join(reports)
-        assert y.dtype == np.float32
-        assert_parity(y, golden.y, "float16", name=f"against Edifice, order {order}")
-        assert_parity(y, golden.oracle(), "float16", name=f"against float64, order {order}")
+    assert_agrees(case, "float16")
 
 
 @on_every_device
