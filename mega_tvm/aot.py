@@ -10,43 +10,47 @@ artifact holds them; intermediates lie in a workspace whose offsets are planned 
 lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
 length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
 the library beside it, for tracing; an entry that carries state, ``run(x, lengths, state...,
-tensors, workspace, y)``, has none.
+tensors, workspace, y)``, and one that runs its rows in pieces (`split_rows`) have none.
+
+Pieces are a parallel loop over calls of serial kernels. A piece's own intermediates lie in memory
+of the thread that runs it, which TVM's runtime keeps from one call to the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax, tirx
-from tvm.ir import Call, GlobalVar
+from tvm.ir import Call
 from tvm.script import tirx as T
 
-from schedules.common.dims import Dim, DimVars, Extent
+from schedules.common.dims import DimVars, Extent
 
+from .c_function import as_c_function, overwritable, packed_form, serial_form
 from .errors import UnsupportedModelError
-from .lowering import C_FUNCTION_ATTR
-from .manifest_schema import ALIGNMENT, round_up, tensor_layout
-from .passes.rewrite import Graph, variables
-from .relax_ops import dims_of, extents, is_op, shape_of
-from .symbolic_entry import region_name
+from .manifest_schema import ALIGNMENT, tensor_layout
+from .passes.rewrite import Graph
+from .passes.split_rows import KEYS, is_piece
+from .relax_ops import dims_of, is_op, shape_of
+from .run_function import (
+    SCRATCH,
+    WORKSPACE,
+    Kernel,
+    KernelCall,
+    PieceLoop,
+    Place,
+    Planner,
+    Step,
+    resolve,
+)
+from .workspace_plan import Region, Workspace
 
 RUN_SUFFIX = "__run"
-
-# A kind of row: the names whose product is their number, none for what has a known size.
-Region = tuple[str, ...]
-# A byte of the workspace: the region, and the bytes a row ahead of it there.
-_Offset = tuple[Region, int]
-# Where a variable lies: in which parameter ("x", "y", "tensors", "workspace"), from which byte.
-_Place = tuple[str, _Offset]
-# A kernel's name, where its arguments lie, and their dimensions.
-_KernelCall = tuple[str, list[_Place], list[tuple[Dim, ...]]]
-_START: _Offset = ((), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,35 +59,6 @@ class RunFunction:
 
     func: tirx.PrimFunc
     workspace: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class CFunction:
-    """A kernel on addresses, and the shapes of its arguments, which tell what its variables are.
-
-    It takes the variables behind the addresses.
-    """
-
-    func: tirx.PrimFunc
-    shapes: list[tuple[Extent, ...]]
-
-    def values(self, shapes: list[tuple[Extent, ...]]) -> list[Extent]:
-        """Return the variables' values for arguments of the given shapes."""
-        found: dict[tirx.Var, Extent] = {}
-        for own, given in zip(self.shapes, shapes, strict=True):
-            for extent, value in zip(own, given, strict=True):
-                if isinstance(extent, tirx.Var):
-                    found[extent] = value
-        variables = self.func.params[len(self.shapes) :]
-        return [found[variable] for variable in variables]
-
-
-@dataclasses.dataclass(frozen=True)
-class _TensorBlock:
-    """Where tensors start in their block, and its size, which a call checks (at least 1)."""
-
-    starts: list[int]
-    bytes: int
 
 
 def add_run_functions(
@@ -105,22 +80,35 @@ def add_run_functions(
         By entry, bytes of workspace by region, see `mega_tvm.symbolic_entry`.
     """
     builder = relax.BlockBuilder(mod)
-    plain = {}
+    functions = {
+        gvar.name_hint: func
+        for gvar, func in mod.functions_items()
+        if isinstance(func, relax.Function)
+    }
+    entries = {name: func for name, func in functions.items() if not is_piece(func)}
+    in_entries = _kernels_of(entries.values())
+    in_pieces = _kernels_of(func for name, func in functions.items() if name not in entries)
+    kernels: dict[str, Kernel] = {}
+    serial: dict[str, Kernel] = {}
     for gvar, func in mod.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            kernel = as_c_function(func)
-            name = f"{gvar.name_hint}__c"
-            plain[gvar.name_hint] = (builder.add_func(kernel.func, name), kernel)
-            builder.update_func(gvar, _packed_form(func, *plain[gvar.name_hint]))
+        if not isinstance(func, tirx.PrimFunc):
+            continue
+        name, over = gvar.name_hint, overwritable(func)
+        if name in in_entries:
+            plain = as_c_function(func)
+            kernels[name] = Kernel(builder.add_func(plain.func, f"{name}__c"), plain, over)
+            builder.update_func(gvar, packed_form(func, kernels[name].gvar, plain))
+        if name in in_pieces:
+            plain = as_c_function(serial_form(func))
+            serial[name] = Kernel(builder.add_func(plain.func, f"{name}__serial"), plain, over)
     starts, end = tensor_layout(array.nbytes for array in tensors)
-    layout = _TensorBlock(starts, max(end, 1))
+    planner = Planner(functions, kernels, serial, starts)
     workspaces = {}
-    for gvar, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            name = f"{gvar.name_hint}{RUN_SUFFIX}"
-            run = _run_function(Graph(func), plain, layout)
-            builder.add_func(run.func.with_attr("global_symbol", name), name)
-            workspaces[gvar.name_hint] = run.workspace
+    for entry, func in entries.items():
+        name = f"{entry}{RUN_SUFFIX}"
+        run = _run_function(Graph(func), planner, max(end, 1))
+        builder.add_func(run.func.with_attr("global_symbol", name), name)
+        workspaces[entry] = run.workspace
     return builder.get(), workspaces
 
 
@@ -133,195 +121,158 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     return block
 
 
-def as_c_function(func: tirx.PrimFunc) -> CFunction:
-    """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
-    shapes = [extents(buffer.shape) for buffer in func.params]
-    named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
-    variables = list(dict.fromkeys(named))
-    pointers = [
-        tirx.Var(buffer.name, tvm.ir.PointerType(tvm.ir.PrimType(str(buffer.dtype))))
-        for buffer in func.params
-    ]
-    declared = [
-        tirx.DeclBuffer(buffer, data=pointer)
-        for buffer, pointer in zip(func.params, pointers, strict=True)
-    ]
-    body = tirx.SeqStmt([*declared, func.body, tirx.stmt.Return(tirx.const(0, "int32"))])
-    attrs = {key: value for key, value in func.attrs.items() if key != "global_symbol"}
-    attrs[C_FUNCTION_ATTR] = True
-    plain = tirx.PrimFunc(
-        [*pointers, *variables],
-        body,
-        tvm.ir.PrimType("int32"),
-        tvm.ir.make_node("ir.DictAttrs", **attrs),
-    )
-    return CFunction(plain, shapes)
+def _kernels_of(functions: Iterable[relax.Function]) -> set[str]:
+    """Return the names of the kernels that functions call."""
+    return {
+        value.args[0].name_hint
+        for func in functions
+        for _, value in Graph(func).bindings
+        if is_op(value, "call_tir")
+    }
 
 
-def _packed_form(func: tirx.PrimFunc, function: GlobalVar, kernel: CFunction) -> tirx.PrimFunc:
-    """Return a kernel for the VM, which calls the one on addresses: the code is there once."""
-    variables = kernel.func.params[len(kernel.shapes) :]
-    call = Call(function, [*(buffer.data for buffer in func.params), *variables], ret_ty="int32")
-    error, message = map(tvm.ir.StringImm, ("RuntimeError", "a kernel failed: out of memory"))
-    return tirx.PrimFunc(
-        func.params,
-        tirx.AssertStmt(call == 0, error, [message]),  # TVM 0.27 names the first two the other way
-        None,
-        tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
-    )
+def _run_function(graph: Graph, planner: Planner, tensor_bytes: int) -> RunFunction:
+    workspace = Workspace()
+    places = {param: Place(name) for name, param in _inputs(graph.func).items()}
+    result = resolve(graph.func.body.body, graph)
+    if result not in graph.values or is_op(graph.values[result], "call_pure_packed"):
+        raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
+    places[result] = Place("y")
+    steps = planner.plan(graph, places, workspace)
+    workspace.sizes = workspace.sizes or {(): ALIGNMENT}
+    func = _Emitter(graph.func, workspace.sizes, tensor_bytes).emit(steps)
+    return RunFunction(func, workspace.by_name())
 
 
-class _Workspace:
-    """Offsets of intermediates: first fit among those that live at the same time.
+class _Emitter:
+    """Writes a run function.
 
-    Intermediates whose rows a call brings lie in regions, one for each kind of row (``batch``,
-    ``batch * seq_len``), and are planned by their bytes a row: offsets scale with the rows.
+    Parameters
+    ----------
+    func : relax.Function
+        The entry.
+    workspace : mapping of tuple to int
+        Bytes a row, by region.
+    tensor_bytes : int
+        Size of the block of tensors, which a call checks.
     """
 
-    def __init__(self) -> None:
-        self.sizes: dict[Region, int] = {}
-        self._live: dict[relax.Var, tuple[Region, int, int]] = {}
-
-    def place(self, var: relax.Var) -> _Offset:
-        """Reserve memory for a variable."""
-        dims = dims_of(shape_of(var))
-        region = tuple(sorted(dim for dim in dims if isinstance(dim, str)))
-        elements = math.prod(dim for dim in dims if isinstance(dim, int))
-        size = round_up(max(elements * np.dtype(str(var.ty.dtype)).itemsize, 1))
-        start = 0
-        for other, begin, end in sorted(self._live.values()):
-            if other != region:
-                continue
-            if start + size <= begin:
-                break
-            start = max(start, end)
-        self._live[var] = (region, start, start + size)
-        self.sizes[region] = max(self.sizes.get(region, ALIGNMENT), start + size)
-        return region, start
-
-    def release(self, var: relax.Var) -> None:
-        """Give a variable's bytes back."""
-        self._live.pop(var, None)
-
-    def by_name(self) -> dict[str, int]:
-        """Return the bytes a row of each region, as the manifest holds them."""
-        return {region_name(region): self.sizes[region] for region in sorted(self.sizes)}
-
-
-_Kernel = tuple[GlobalVar, CFunction]
-
-
-def _run_function(
-    graph: Graph, kernels: Mapping[str, _Kernel], tensors: _TensorBlock
-) -> RunFunction:
-    func = graph.func
-    result = _resolve(func.body.body, graph)
-    last_use: dict[relax.Var, int] = {}
-    for step, (_, value) in enumerate(graph.bindings):
-        for var in variables(value):
-            last_use[_resolve(var, graph)] = step
-    last_use[result] = len(graph.bindings)
-
-    workspace = _Workspace()
-    places: dict[relax.Var, _Place] = {
-        param: (name, _START) for name, param in _inputs(func).items()
-    }
-    calls: list[_KernelCall] = []
-    for step, (var, value) in enumerate(graph.bindings):
-        if is_op(value, "call_tir"):
-            if var == result:
-                places[var] = ("y", _START)
-            else:
-                places[var] = ("workspace", workspace.place(var))
-            arguments = [*value.args[1].fields, var]
-            calls.append(
-                (
-                    value.args[0].name_hint,
-                    [places[_resolve(arg, graph)] for arg in arguments],
-                    [dims_of(shape_of(arg)) for arg in arguments],
-                )
+    def __init__(
+        self, func: relax.Function, workspace: Mapping[Region, int], tensor_bytes: int
+    ) -> None:
+        self._dims = DimVars()
+        self._starts: dict[Region, Extent] = {}
+        end: Extent = 0
+        for region in sorted(workspace):
+            self._starts[region] = end
+            end = end + workspace[region] * self._dims.rows(region)
+        self._workspace_bytes = end
+        self._known = isinstance(end, int)
+        given = end if self._known else tirx.Var("workspace_bytes", "int64")
+        y_shape = self._dims.shape(dims_of(shape_of(func.body.body)))
+        arrays = {
+            name: tirx.decl_buffer(
+                self._dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name
             )
-        elif is_op(value, "call_pure_packed"):  # a fetch of a packed tensor
-            index, *byte = (int(arg.value) for arg in value.args[2:])
-            places[var] = ("tensors", ((), tensors.starts[index] + sum(byte)))
-        for read in {_resolve(v, graph) for v in variables(value)}:
-            if last_use.get(read) == step:
-                workspace.release(read)
-    if places.get(result, ("", _START))[0] != "y":
-        raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
-    workspace.sizes = workspace.sizes or {(): ALIGNMENT}
-    return RunFunction(_emit(graph, calls, kernels, tensors.bytes, workspace), workspace.by_name())
+            for name, param in _inputs(func).items()
+        }
+        self._params = {
+            **arrays,
+            "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
+            WORKSPACE: tirx.decl_buffer((given,), "uint8", WORKSPACE),
+            "y": tirx.decl_buffer(y_shape, "float32", "y"),
+        }
+        self._failure = tirx.stmt.Return(tirx.const(1, "int32"))
 
+    def emit(self, steps: Sequence[Step]) -> tirx.PrimFunc:
+        """Return the run function of a plan."""
+        body: list[tirx.Stmt] = []
+        if not self._known:  # of a known size, it is checked with the other arguments' shapes
+            given = self._params[WORKSPACE].shape[0]
+            body.append(tirx.IfThenElse(given < self._workspace_bytes, self._failure, None))
+        for step in steps:
+            if isinstance(step, PieceLoop):
+                body += self._loop(step)
+            else:
+                status = self._call(step, self._dims, self._params, 0)
+                body.append(tirx.IfThenElse(status != 0, self._failure, None))
+        body.append(tirx.stmt.Return(tirx.const(0, "int32")))
+        return tirx.PrimFunc(
+            list(self._params.values()),
+            tirx.SeqStmt(body),
+            tvm.ir.PrimType("int32"),
+            tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
+        )
 
-def _emit(
-    graph: Graph,
-    calls: list[_KernelCall],
-    kernels: Mapping[str, _Kernel],
-    tensor_bytes: int,
-    workspace: _Workspace,
-) -> tirx.PrimFunc:
-    dims = DimVars()
-    starts: dict[Region, Extent] = {}
-    end: Extent = 0
-    for region in sorted(workspace.sizes):
-        starts[region] = end
-        end = end + workspace.sizes[region] * dims.rows(region)
-    y_shape = dims.shape(dims_of(shape_of(graph.func.body.body)))
-    known = isinstance(end, int)
-    workspace_bytes = end if known else tirx.Var("workspace_bytes", "int64")
-    buffers = {
-        **{name: _buffer(name, param, dims) for name, param in _inputs(graph.func).items()},
-        "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
-        "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
-        "y": tirx.decl_buffer(y_shape, "float32", "y"),
-    }
+    def _loop(self, loop: PieceLoop) -> list[tirx.Stmt]:
+        """Return a loop over pieces; a return would not leave it, so that failures are noted."""
+        turn = tirx.Var("turn", "int64")
+        piece = turn
+        if loop.count > 2:
+            # Causal attention costs the more the later a piece lies: in this order, contiguous
+            # shares of the loop cost about the same.
+            last = tirx.const(loop.count - 1, "int64")
+            piece = tirx.Select(turn % 2 == 0, turn // 2, last - turn // 2)
+        size = max(loop.scratch_bytes, 1)
+        scratch = tirx.decl_buffer((size,), "uint8", SCRATCH)
+        buffers = {**self._params, SCRATCH: scratch}
+        # In memory, or TVM narrows the number to int32, which is not what kernels take.
+        keys = tirx.decl_buffer((1,), "int64", KEYS, scope="local")
+        dims = DimVars(**{KEYS: keys[0]})
+        workspace = self._params[WORKSPACE]
+        failed = self._starts[()] + loop.failed.offset[1]
+        body: list[tirx.Stmt] = [tirx.AllocBuffer(scratch), tirx.AllocBuffer(keys)]
+        # TVM shrinks a buffer to what it sees used, and an address is no use of what follows.
+        body += [tirx.BufferStore(scratch, tirx.const(0, "uint8"), [i]) for i in (0, size - 1)]
+        body.append(tirx.BufferStore(keys, (piece + 1) * loop.rows, [0]))
+        body.append(tirx.BufferStore(workspace, tirx.const(0, "uint8"), [failed + turn]))
+        for call in loop.calls:
+            status = self._call(call, dims, buffers, piece)
+            note = tirx.BufferStore(workspace, tirx.const(1, "uint8"), [failed + turn])
+            body.append(tirx.IfThenElse(status != 0, note, None))
+        over_pieces = tirx.For(
+            turn,
+            tirx.const(0, "int64"),
+            tirx.const(loop.count, "int64"),
+            tirx.ForKind.PARALLEL,
+            tirx.SeqStmt(body),
+        )
+        checks = [
+            tirx.IfThenElse(workspace[failed + i] != tirx.const(0, "uint8"), self._failure, None)
+            for i in range(loop.count)
+        ]
+        return [over_pieces, *checks]
 
-    def address(place: _Place) -> tirx.PrimExpr:
-        name, (region, start) = place
-        if name not in ("tensors", "workspace"):
-            return buffers[name].data
-        begin = starts[region] if name == "workspace" else 0
-        return T.address_of(buffers[name][begin + start * dims.rows(region)])
-
-    failed = tirx.stmt.Return(tirx.const(1, "int32"))
-    # A workspace of a known size is checked with the other arguments' shapes.
-    steps: list[tirx.Stmt] = [] if known else [tirx.IfThenElse(workspace_bytes < end, failed, None)]
-    for name, places, shapes in calls:
-        function, kernel = kernels[name]
-        values = kernel.values([dims.shape(shape) for shape in shapes])
+    def _call(
+        self,
+        call: KernelCall,
+        dims: DimVars,
+        buffers: Mapping[str, tirx.Buffer],
+        piece: Extent,
+    ) -> tirx.Expr:
+        values = call.kernel.function.values([dims.shape(shape) for shape in call.dims])
         arguments = [
-            *map(address, places),
+            *(self._address(place, buffers, piece) for place in call.places),
             *(tirx.const(v, "int64") if isinstance(v, int) else v for v in values),
         ]
-        call = Call(function, arguments, ret_ty="int32")
-        steps.append(tirx.IfThenElse(call != 0, failed, None))
-    steps.append(tirx.stmt.Return(tirx.const(0, "int32")))
-    return tirx.PrimFunc(
-        list(buffers.values()),
-        tirx.SeqStmt(steps),
-        tvm.ir.PrimType("int32"),
-        tvm.ir.make_node("ir.DictAttrs", **{"tirx.is_scheduled": True}),
-    )
+        return Call(call.kernel.gvar, arguments, ret_ty="int32")
+
+    def _address(
+        self, place: Place, buffers: Mapping[str, tirx.Buffer], piece: Extent
+    ) -> tirx.Expr:
+        buffer = buffers[place.array]
+        if place.array not in ("tensors", WORKSPACE, SCRATCH):
+            if not place.rows:
+                return buffer.data
+            zeros = [0] * (len(buffer.shape) - 2)
+            return T.address_of(buffer[(0, piece * place.rows, *zeros)])
+        region, start = place.offset
+        begin = self._starts[region] if place.array == WORKSPACE else 0
+        begin = begin + start * self._dims.rows(region)
+        return T.address_of(buffer[begin + piece * (place.rows * place.row_bytes)])
 
 
 def _inputs(func: relax.Function) -> dict[str, relax.Var]:
     """Return the parameters that are arrays, by name: ``x``, and the state if there is one."""
     arrays = [param for param in func.params if isinstance(param.ty, relax.TensorType)]
     return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
-
-
-def _buffer(name: str, param: relax.Var, dims: DimVars) -> tirx.Buffer:
-    return tirx.decl_buffer(dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name)
-
-
-def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
-    """Follow reshapes and plain copies to the variable whose memory an expression names."""
-    while isinstance(expr, relax.Var):
-        value = graph.values.get(expr)
-        if isinstance(value, relax.Var):
-            expr = value
-        elif value is not None and is_op(value, "reshape"):
-            expr = value.args[0]
-        else:
-            break
-    return expr

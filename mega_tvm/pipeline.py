@@ -13,11 +13,9 @@ Packing stands behind scheduling, since a schedule's decisions choose the layout
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +38,21 @@ from .cuda.passes import CUDA_PASSES
 from .cuda.target import CudaTarget
 from .dtypes import FLOAT32
 from .errors import CompileError, UnsupportedModelError
+from .kernel_list import SCHEDULE_ATTR, calls_of, describe_kernels, kernels_in_pieces
 from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functions
 from .packing import pack_phase
-from .passes import GRAPH_PASSES, OPTIONAL_PASSES
+from .passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
+from .passes.split_rows import (
+    mark_splittable,
+    split_rows,
+    without_pieces,
+)
 from .symbolic_entry import BATCH, FIXED, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
 from .tuning.lookup import TunedSchedules
 
 PHASES = ("graph", "kernels", "schedule", "pack", "lower")
-SCHEDULE_ATTR = "mega.schedule"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,9 @@ class Compiled:
         Of an entry that carries state, ``kind`` and ``width`` of each array, in order.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
-        ``schedule`` (its source) and ``calls`` (over all entries); for a GPU also ``launches``, the
-        device functions that a call launches, with the threads of a block.
+        ``schedule`` (its source) and ``calls`` (over all entries); of an attention whose keys
+        differ from one piece of rows to the next ``mean_keys``; for a GPU ``launches``, the device
+        functions that a call launches, with the threads of a block.
     seconds : dict
         Wall time of each phase.
     """
@@ -164,16 +168,18 @@ def run_pipeline(
     if debug_dump is not None:
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
-        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else CPU_PASSES))
         if dtype != FLOAT32:
             passes = (*passes, narrow_tensors(dtype))
+        if isinstance(target, CpuTarget) and split_rows.info.name not in disabled_passes:
+            mod = mark_splittable(mod, 1 if tuned is None else tuned.threads)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
         mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled, tuned))
         on_scheduled()
-        kernels = _describe_kernels(mod)
+        kernels = describe_kernels(mod)
         mod, tensors = phase("pack", lambda: pack_phase(mod, scheduled))
         if isinstance(target, CudaTarget):
             entries = _entry_names(mod)
@@ -183,7 +189,7 @@ def run_pipeline(
                 kernel["launches"] = _launches(kernel["name"], launch_threads(executable))
         else:
             mod, workspaces = add_run_functions(mod, tensors)
-            mod = without_state(mod)
+            mod = without_pieces(without_state(mod))
             executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None and isinstance(target, CudaTarget):
         _write(debug_dump / "5_lower.cu", generated_source(executable))
@@ -242,7 +248,7 @@ def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
     return mod
 
 
-_LOWERED_LATER = frozenset({"relax.call_tir", "relax.reshape"})
+_LOWERED_LATER = frozenset({"relax.call_tir", "relax.call_pure_packed", "relax.reshape"})
 
 
 def schedule_phase(
@@ -253,6 +259,7 @@ def schedule_phase(
 ) -> tvm.IRModule:
     """Schedule every PrimFunc; ``scheduled`` is filled with Mega's kernels, by name."""
     functions = dict(mod.functions_items())
+    in_pieces = kernels_in_pieces(mod)
     for gvar, func in functions.items():
         if not isinstance(func, tirx.PrimFunc):
             continue
@@ -265,7 +272,7 @@ def schedule_phase(
             if tuned is None:
                 kernel = hand_schedule(func, target)
             else:
-                kernel = tuned.schedule(name, func, target)
+                kernel = tuned.schedule(name, func, target, in_pieces=name in in_pieces)
                 source = tuned.outcomes[name].source
             scheduled[name] = kernel
             marks = {key: func.attrs[key] for key in ("mega.op", SPEC_ATTR)}
@@ -295,16 +302,6 @@ def lower_phase(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     return relax.build(mod, target, relax_pipeline=to_vm, tir_pipeline=CPU_PIPELINE)
 
 
-def calls_of(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
-    """Yield every bound call of every Relax function, with the function's name."""
-    for gvar, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            for block in func.body.blocks:
-                for binding in block.bindings:
-                    if isinstance(binding.value, relax.Call):
-                        yield gvar.name_hint, binding.value
-
-
 def _entry_names(mod: tvm.IRModule) -> list[str]:
     return [g.name_hint for g, func in mod.functions_items() if isinstance(func, relax.Function)]
 
@@ -315,26 +312,6 @@ def _launches(kernel: str, threads: Mapping[str, int]) -> list[dict[str, Any]]:
         for name, count in sorted(threads.items())
         if re.fullmatch(rf"{re.escape(kernel)}_kernel(_\d+)?", name)
     ]
-
-
-def _describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
-    calls = Counter(
-        call.args[0].name_hint for _, call in calls_of(mod) if call.op == Op.get("relax.call_tir")
-    )
-    kernels = []
-    for gvar, func in mod.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            spec = json.loads(str(func.attrs[SPEC_ATTR])) if SPEC_ATTR in func.attrs else None
-            kernels.append(
-                {
-                    "name": str(gvar.name_hint),
-                    "op": kernel_op(func) or "generic",
-                    "spec": spec,
-                    "schedule": str(func.attrs[SCHEDULE_ATTR]),
-                    "calls": calls[gvar.name_hint],
-                }
-            )
-    return sorted(kernels, key=lambda kernel: str(kernel["name"]))
 
 
 def _dump(mod: tvm.IRModule, path: Path) -> None:

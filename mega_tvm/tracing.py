@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
+from mega_tvm.errors import MegaError
 from mega_tvm.inputs import aligned_empty
 from mega_tvm.runtime import Model
 from mega_tvm.tolerances import Parity, compare
@@ -115,8 +116,25 @@ def trace(model: Model, entry: str, x: npt.NDArray[np.float32]) -> list[KernelCa
     machine["set_instrument"](tvm_ffi.convert(hook))
     buffer = aligned_empty(x.shape)
     np.copyto(buffer, x)
-    model.invoke(machine[entry], buffer)
+    model.invoke(_traced_function(model, machine, entry, x.shape), buffer)
     return calls
+
+
+def _traced_function(model: Model, machine: Any, entry: str, shape: tuple[int, ...]) -> Any:
+    """Return the machine's function of an entry.
+
+    One that runs its rows in pieces has none; the symbolic entry computes the same.
+    """
+    symbolic = [e.name for e in model.symbolic_entries if e.sizes(shape) is not None]
+    for name in (entry, *symbolic):
+        try:
+            return machine[name]
+        except AttributeError:
+            continue
+    raise MegaError(
+        f"entry {entry} runs its rows in pieces, which cannot be traced; compile it with a "
+        "symbolic entry, or with --disable-pass split_rows"
+    )
 
 
 def name_layers(calls: Sequence[KernelCall], config: MegaConfig) -> dict[str, KernelCall]:

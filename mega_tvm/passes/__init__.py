@@ -18,6 +18,7 @@ from .merge_query_key import merge_query_key
 from .narrow_weights import narrow_weights
 from .prune_last_timestep import prune_last_timestep
 from .reassociate_values import reassociate_values
+from .split_rows import split_rows
 
 GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
     canonicalize,
@@ -33,9 +34,11 @@ GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
     fuse_residual,
     narrow_weights,
 )
+# Behind these, on CPUs.
+CPU_PASSES: tuple[tvm.transform.Pass, ...] = (split_rows,)
 REQUIRED_PASSES = frozenset({"canonicalize", "carry_state", "narrow_weights"})
 OPTIONAL_PASSES = tuple(
     graph_pass.info.name
-    for graph_pass in GRAPH_PASSES
+    for graph_pass in (*GRAPH_PASSES, *CPU_PASSES)
     if graph_pass.info.name not in REQUIRED_PASSES
 )

@@ -5,9 +5,9 @@ of all keys. ``A 1`` is 1 for softmax: the sum of weights over itself plus 1e-8,
 least 1 (the largest weight is exp(0)), so ``A 1`` differs from 1 by at most 1e-8, below float32's
 unit roundoff of 6e-8. L1-Laplace sums can be small, so the rewrite leaves that form alone.
 
-In a function that carries state (`carry_state`) it is done for any number of query rows: both sides
-then project as many rows, but on the right side keys and values may be the same rows, and the cache
-half as large.
+In a function that carries state (`carry_state`), or runs some rows at a time (`split_rows`), it is
+done for any number of query rows: both sides then project as many rows, but on the right side keys
+and values may be the same rows, and the cache, or what is kept of all rows, half as large.
 
 The gate moves behind the projection, where it multiplies the same columns as before.
 """
@@ -21,6 +21,7 @@ from ..relax_ops import OPERANDS, is_op, shape_of
 from .carry_state import carries_state
 from .fold_scale import is_plain_dense
 from .rewrite import Rule, Site, graph_pass
+from .split_rows import rows_of_a_piece
 
 
 def _rule() -> Rule:
@@ -37,7 +38,8 @@ def _rule() -> Rule:
         queries, keys = shape_of(q)[1], shape_of(k)[1]
         known = isinstance(queries, int) and isinstance(keys, int)
         fewer = queries < keys if known else queries == 1
-        if not (fewer or carries_state(site.graph.func)):
+        func = site.graph.func
+        if not (fewer or carries_state(func) or rows_of_a_piece(func)):
             return None
         mixed = relax_ops.attention(
             [q, k, y],

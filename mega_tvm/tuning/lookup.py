@@ -8,6 +8,7 @@ Each kernel's record is looked up at the point that tuning takes kernels from: t
 | miss | no such record; the hand schedule |
 | stale | there are records, but other versions made them; the hand schedule |
 | any size | a kernel whose sizes only a call brings, which no record can be of; the hand schedule |
+| in pieces | a kernel that runs on one of several threads (`mega_tvm.passes.split_rows`); so too |
 
 A record holds for one kernel of one size, since only there was it measured against the hand
 schedule. The record of another length may well be better than the hand schedule, and may be worse:
@@ -38,8 +39,8 @@ from .record import KernelKey, Record, TargetKey
 from .space import Space, replay
 from .versions import made_by
 
-HIT, ANY_SIZE = "hit", "any size"
-FOUND = (HIT, ANY_SIZE)  # what a strict compile accepts
+HIT, ANY_SIZE, IN_PIECES = "hit", "any size", "in pieces"
+FOUND = (HIT, ANY_SIZE, IN_PIECES)  # what a strict compile accepts
 SHIPPED = Path(schedules.__file__).parent / "tuned"
 
 
@@ -50,7 +51,7 @@ class Outcome:
     Parameters
     ----------
     kind : str
-        ``hit``, ``miss``, ``stale`` or `ANY_SIZE`.
+        ``hit``, ``miss``, ``stale``, `ANY_SIZE` or `IN_PIECES`.
     source : str
         Where the schedule comes from: ``tuned`` or ``hand``.
     detail : str
@@ -118,8 +119,13 @@ class TunedSchedules:
             return f"for {self.target.name}"
         return f"for {self.threads} thread(s)"
 
-    def schedule(self, name: str, func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
+    def schedule(
+        self, name: str, func: tirx.PrimFunc, target: Target, *, in_pieces: bool = False
+    ) -> ScheduledKernel:
         """Schedule a naive Mega kernel by its record, or by hand; notes the outcome."""
+        if in_pieces:
+            self.outcomes[name] = Outcome(IN_PIECES, "hand", "hand schedule")
+            return hand_schedule(func, target)
         space = Space.of(func, target)
         record, outcome = self._find(func, space)
         self.outcomes[name] = outcome

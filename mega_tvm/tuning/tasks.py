@@ -18,8 +18,10 @@ from ..compiler import import_entries
 from ..cuda.passes import CUDA_PASSES
 from ..cuda.target import CudaTarget
 from ..frontend.onnx import OnnxModel
-from ..passes import GRAPH_PASSES
-from ..pipeline import calls_of, graph_phase, kernel_phase
+from ..kernel_list import calls_of, kernels_in_pieces
+from ..passes import CPU_PASSES, GRAPH_PASSES
+from ..passes.split_rows import mark_splittable
+from ..pipeline import graph_phase, kernel_phase
 from ..targets import CpuTarget, with_threads
 from .record import KernelKey
 from .space import Space
@@ -68,10 +70,14 @@ def extract_kernels(
         Threads that kernels run with.
     """
     measured = with_threads(target, threads)
-    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else CPU_PASSES))
     tvm_target = measured.tvm_target()
     with tvm_target:
-        mod = kernel_phase(graph_phase(import_entries(module, shapes)[0], passes=passes))
+        mod = import_entries(module, shapes)[0]
+        if isinstance(target, CpuTarget):
+            mod = mark_splittable(mod, threads)
+        mod = kernel_phase(graph_phase(mod, passes=passes))
+    in_pieces = kernels_in_pieces(mod)
     called = Counter(
         str(call.args[0].name_hint)
         for _, call in calls_of(mod)
@@ -82,6 +88,8 @@ def extract_kernels(
         if not isinstance(func, tirx.PrimFunc) or kernel_op(func) is None:
             continue
         name, key = str(gvar.name_hint), (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]))
+        if name in in_pieces:
+            continue
         space = Space.of(func, tvm_target)
         if space.size == 1:
             continue

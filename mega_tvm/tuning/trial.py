@@ -26,7 +26,7 @@ from tvm.target import Target
 from schedules.common.kernel import ScheduledKernel
 from schedules.registry import generate
 
-from ..aot import as_c_function
+from ..c_function import as_c_function
 from ..cuda.target import CudaTarget
 from ..errors import MegaError
 from ..lowering import CPU_PIPELINE

@@ -1,7 +1,8 @@
 """The blocked attention kernel on x86, shared by both attention forms.
 
 1. Keys are transposed into panels ``[width, panel]``, so that a vector holds one component of a
-   vector's worth of keys.
+   vector's worth of keys: all of them at first, or, where one block has all queries, each span's
+   as the block comes to it.
 2. The grid is (batch, query block). A block walks over spans of ``span_panels`` key panels; within
    a span, register tiles of ``tile_q`` queries by one panel of keys accumulate their scores over
    the width. A panel of keys and values takes 128 KB at width 256, and a span of them stays in L2
@@ -12,7 +13,8 @@
 5. After the last span: times the inverse of the sum of weights, and the gate. Where one span holds
    all keys there is no running output, and a tile's accumulators become the output at once.
 
-Memory beside inputs and output: the transposed keys, and per thread one block of output. A causal
+Memory beside inputs and output: the transposed keys (of one span, where one block has all queries),
+and per thread one block of output. A causal
 form skips panels, and keys within a panel, that no query of a tile may see.
 """
 
@@ -84,8 +86,12 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         span_panels = min(span_panels, ceil_div(K, panel))
     span = span_panels * panel
     first_pos = K - Q  # position of query row 0
-    block_rows = blocking.block_tiles * tile_q  # of a block's memory
-    hide = opaque if not isinstance(Q, int) else lambda value: value
+    panels = ceil_div(K, panel)
+    # Queries of a known number among keys that a call brings: a piece of a long sequence, which one
+    # thread runs.
+    span_by_span = isinstance(Q, int) and not isinstance(K, int)
+    block_rows = Q if span_by_span else blocking.block_tiles * tile_q  # of a block's memory
+    hide = opaque if not (isinstance(Q, int) and isinstance(K, int)) else lambda value: value
     group = min(panel, V // L * L) if L <= V else V  # value columns of a register tile
     groups, tail = V // group, V % group
     step = min(L, group)
@@ -95,34 +101,34 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     accumulate, start, weigh = scoring.accumulate, scoring.start, scoring.weigh
 
     @T.inline
-    def pack_columns(k, kt, b, p, d0, n):
+    def pack_columns(k, kt, b, p, at, d0, n):
         # n components of every key of a panel, an element at a time
         for j in T.serial(panel):
             for d in T.serial(n):
-                kt[b, p, d0 + d, j] = k[b, T.min(p * panel + j, K - 1), k_off + d0 + d]
+                kt[at, d0 + d, j] = k[b, T.min(p * panel + j, K - 1), k_off + d0 + d]
 
     @T.inline
-    def store_column(kt, square, b, p, d, j):
-        kt[b, p, d, T.Ramp(j, 1, L)] = square
+    def store_column(kt, square, at, d, j):
+        kt[at, d, T.Ramp(j, 1, L)] = square
 
-    def pack_square(k, kt, b, p, d0, j0):
+    def pack_square(k, kt, b, p, at, d0, j0):
         # L components of L keys. Behind the last key it stands again: nobody looks at it.
         keys = [T.min(p * panel + j0 + j, K - 1) for j in range(L)]
         rows = [k[b, key, T.Ramp(k_off + d0, 1, L)] for key in keys]
         for d, column in enumerate(transposed(rows)):
-            store_column(kt, column, b, p, d0 + d, j0)
+            store_column(kt, column, at, d0 + d, j0)
 
     @T.inline
-    def pack_panel(k, kt, b, p):
+    def pack_panel(k, kt, b, p, at):
         for j in T.serial(panel // L):
             for c in T.serial(W // L):
-                pack_square(k, kt, b, p, c * L, j * L)
+                pack_square(k, kt, b, p, at, c * L, j * L)
         if W % L > 0:
-            pack_columns(k, kt, b, p, W - W % L, W % L)
+            pack_columns(k, kt, b, p, at, W - W % L, W % L)
 
     @T.inline
     def score(q, kt, s, b, row, p, at, n_rows, vectors):
-        # s[:, at:at + vectors * L] = scores of the first keys of panel p
+        # s[:, at:at + vectors * L] = scores of the first keys of the panel at kt[p]
         acc = T.alloc_buffer((n_rows, vectors * L), "float32", scope="local")
         for i in T.unroll(n_rows):
             for j in T.unroll(vectors):
@@ -135,7 +141,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                         acc[i, j * L + lane] = accumulate(
                             acc[i, j * L + lane],
                             q[b, row + i, q_off + d],
-                            kt[b, p, d, j * L + lane],
+                            kt[p, d, j * L + lane],
                         )
         for i in T.unroll(n_rows):
             for j in T.unroll(vectors):
@@ -216,13 +222,13 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         seen = T.meta_var(hide(T.min(span, (first_pos + row + n_rows if causal else K) - first)))
         if seen > 0:
             factor = T.alloc_buffer((n_rows,), "float32", scope="local")
+            base = T.meta_var(0 if span_by_span else b * panels + first // panel)
             if span_panels == 1:
-                score_panel(q, kt, s, b, row, first // panel, 0, n_rows, seen=seen)
+                score_panel(q, kt, s, b, row, base, 0, n_rows, seen=seen)
             else:
                 for p in T.serial((seen + panel - 1) // panel):
                     at = T.meta_var(p * panel)
-                    nth = T.meta_var(first // panel + p)
-                    score_panel(q, kt, s, b, row, nth, at, n_rows, seen=seen - at)
+                    score_panel(q, kt, s, b, row, base + p, at, n_rows, seen=seen - at)
             for i in T.serial(n_rows):
                 limit = T.meta_var(first_pos + row + i + 1 if causal else K)
                 vectors = T.meta_var((seen + L - 1) // L)
@@ -240,21 +246,32 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         if V % L > 0:
             write(o, r, V - V % L, inverse, 0, gate, out, b, row, V - V % L, V % L)
 
+    def rows_of(tiles, nth, block_tiles):
+        # First tile, tiles, first row and rows of a block.
+        if span_by_span:
+            return 0, tiles.count, 0, Q
+        first = hide(nth * block_tiles)
+        n_tiles = hide(T.min(block_tiles, tiles.count - first))
+        row0 = hide(tiles.start(first))
+        return first, n_tiles, row0, hide(tiles.start(first + n_tiles) - row0)
+
     @T.inline
-    def block(q, kt, v, gate, out, tiles, b, nth, block_tiles):
+    def block(q, k, kt, v, gate, out, tiles, b, nth, block_tiles):
         # Of one span, nothing is written there.
-        o = T.alloc_buffer((1 if one_span else block_rows, V), "float32", scope="local")
+        scope = T.meta_var("global" if span_by_span else "local")  # no stack holds 256 rows
+        o = T.alloc_buffer((1 if one_span else block_rows, V), "float32", scope=scope)
         s = T.alloc_buffer((tile_q, span), "float32", scope="local")
         peak = T.alloc_buffer((block_rows,), "float32", scope="local")
         total = T.alloc_buffer((block_rows,), "float32", scope="local")
-        first = T.meta_var(hide(nth * block_tiles))
-        n_tiles = T.meta_var(hide(T.min(block_tiles, tiles.count - first)))
-        row0 = T.meta_var(hide(tiles.start(first)))
-        n_rows = T.meta_var(hide(tiles.start(first + n_tiles) - row0))
+        first, n_tiles, row0, n_rows = T.meta_var(rows_of(tiles, nth, block_tiles))
         for r in T.serial(n_rows):
             start(peak, total, r)
         last_key = T.meta_var(first_pos + row0 + n_rows if causal else K)
         for p in T.serial(hide(ceil_div(last_key, span))):
+            if span_by_span:
+                left = T.meta_var(hide(ceil_div(last_key, panel) - p * span_panels))
+                for i in T.serial(T.min(span_panels, left)):
+                    pack_panel(k, kt, b, p * span_panels + i, i)
             for t in T.serial(n_tiles):
                 row = T.meta_var(hide(tiles.start(first + t)))
                 r = T.meta_var(hide(row - row0))
@@ -267,17 +284,22 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
 
     @T.inline
     def body(q, k, v, gate, out):
-        panels = T.meta_var(hide(ceil_div(K, panel)))
-        kt = T.alloc_buffer((B, ceil_div(K, panel), W, panel), "float32")
         tiles = T.meta_var(RowTiles(Q, tile_q))
-        block_tiles = T.meta_var(hide(balanced_tiles(tiles.count, blocking.block_tiles, causal)))
-        blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
-        for g in T.parallel(B * panels):
-            pack_panel(k, kt, hide(g // panels), hide(g % panels))
-        for g in T.parallel(B * blocks):
-            u = T.meta_var(g % blocks)
-            nth = T.meta_var(hide(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2)))
-            block(q, kt, v, gate, out, tiles, hide(g // blocks), nth, block_tiles)
+        if span_by_span:
+            kt = T.alloc_buffer((span_panels, W, panel), "float32")
+            for b in T.serial(B):
+                block(q, k, kt, v, gate, out, tiles, b, 0, tiles.count)
+        else:
+            kt = T.alloc_buffer((B * panels, W, panel), "float32")
+            most = T.meta_var(blocking.block_tiles)
+            block_tiles = T.meta_var(hide(balanced_tiles(tiles.count, most, causal)))
+            blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
+            for g in T.parallel(B * panels):
+                pack_panel(k, kt, hide(g // panels), hide(g % panels), g)
+            for g in T.parallel(B * blocks):
+                u = T.meta_var(g % blocks)
+                nth = T.meta_var(hide(T.if_then_else(u % 2 == 0, u // 2, blocks - 1 - u // 2)))
+                block(q, k, kt, v, gate, out, tiles, hide(g // blocks), nth, block_tiles)
 
     return attention_prim_func(spec, dims, body)
 

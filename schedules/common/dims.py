@@ -18,10 +18,16 @@ Extent = Any
 
 
 class DimVars:
-    """The variables of one PrimFunc that stand for named dimensions."""
+    """The variables of one PrimFunc that stand for named dimensions.
 
-    def __init__(self) -> None:
-        self._vars: dict[str, tirx.Var] = {}
+    Parameters
+    ----------
+    **known : int or expression
+        Dimensions that are no variables of their own.
+    """
+
+    def __init__(self, **known: Extent) -> None:
+        self._vars: dict[str, Extent] = dict(known)
 
     def __call__(self, dim: Dim) -> Extent:
         """Return a dimension as a number or a variable."""

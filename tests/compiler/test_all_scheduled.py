@@ -14,7 +14,7 @@ from tvm.s_tir import SBlockRealize
 import mega_tvm
 from mega_tvm import pipeline
 from mega_tvm.frontend.torch import import_module
-from mega_tvm.pipeline import SCHEDULE_ATTR
+from mega_tvm.kernel_list import SCHEDULE_ATTR
 from mega_tvm.targets import resolve_target
 from schedules.registry import kernel_op
 from tests.compiler.models import mega

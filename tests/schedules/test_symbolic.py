@@ -92,3 +92,16 @@ def test_single_rows_share_the_packed_weights(rng, target) -> None:
     ]
     for other in packed[1:]:
         np.testing.assert_array_equal(packed[0], other)
+
+
+@pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
+@pytest.mark.parametrize("rows", [2, 7, 59])
+def test_attention_of_a_piece(rng, target, laplace, rows) -> None:
+    """Queries of a known number, the last among keys that a call brings."""
+    naive = laplace_attention if laplace else gated_attention
+    kernel = Kernel(
+        scheduled(naive(attention_spec(laplace, 1, rows, "keys", 37, 43)), target), target
+    )
+    for keys in (rows, rows + 1, 2 * rows, 257, 321):
+        case = attention_case(rng, attention_spec(laplace, 1, rows, keys, 37, 43))
+        assert_parity(kernel(case.inputs, case.expected.shape), case.expected, name=str(keys))

@@ -10,7 +10,8 @@ import tvm_ffi
 
 from mega_tvm.compiler import compile_model
 from mega_tvm.errors import CompileError, TuningError
-from mega_tvm.pipeline import SCHEDULE_ATTR, schedule_phase
+from mega_tvm.kernel_list import SCHEDULE_ATTR
+from mega_tvm.pipeline import schedule_phase
 from mega_tvm.tuning import lookup
 from mega_tvm.tuning.log import append
 from mega_tvm.tuning.lookup import TunedSchedules, find_logs

@@ -1,0 +1,68 @@
+"""The kernels of a module, and who calls them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import Op
+
+from schedules.common.spec import SPEC_ATTR
+from schedules.registry import kernel_op
+
+from .passes.split_rows import KEYS, is_piece, piece_count
+
+SCHEDULE_ATTR = "mega.schedule"
+
+
+def calls_of(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
+    """Yield every bound call of every Relax function, with the function's name."""
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            for block in func.body.blocks:
+                for binding in block.bindings:
+                    if isinstance(binding.value, relax.Call):
+                        yield gvar.name_hint, binding.value
+
+
+def kernels_in_pieces(mod: tvm.IRModule) -> set[str]:
+    """Return the kernels that piece functions alone call."""
+    calls: dict[bool, set[str]] = {True: set(), False: set()}
+    pieces = {gvar.name_hint for gvar, func in mod.functions_items() if is_piece(func)}
+    for function, call in calls_of(mod):
+        if call.op == Op.get("relax.call_tir"):
+            calls[function in pieces].add(call.args[0].name_hint)
+    return calls[True] - calls[False]
+
+
+def describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
+    """Return the manifest's list of kernels of a scheduled module."""
+    pieces = {g.name_hint: piece_count(func) for g, func in mod.functions_items() if is_piece(func)}
+    calls: Counter[str] = Counter()
+    keys: Counter[str] = Counter()  # over all calls, in units of a piece's rows
+    for function, call in calls_of(mod):
+        if call.op == Op.get("relax.call_tir"):
+            name, count = call.args[0].name_hint, pieces.get(function, 1)
+            calls[name] += count
+            keys[name] += count * (count + 1) // 2
+    kernels = []
+    for gvar, func in mod.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            spec = json.loads(str(func.attrs[SPEC_ATTR])) if SPEC_ATTR in func.attrs else None
+            kernels.append(
+                {
+                    "name": str(gvar.name_hint),
+                    "op": kernel_op(func) or "generic",
+                    "spec": spec,
+                    "schedule": str(func.attrs[SCHEDULE_ATTR]),
+                    "calls": calls[gvar.name_hint],
+                }
+            )
+            if spec is not None and spec.get("k_len") == KEYS:
+                mean = spec["q_len"] * keys[gvar.name_hint] / calls[gvar.name_hint]
+                kernels[-1]["mean_keys"] = mean
+    return sorted(kernels, key=lambda kernel: str(kernel["name"]))

@@ -1,0 +1,341 @@
+"""Run a long sequence some rows at a time.
+
+Rows that go through many kernels at once stay in L2, need memory of their own for themselves
+alone, and are one thread's: threads meet once for all of these kernels, not in each.
+
+A moving average, and keys and values, need all rows before them. Between two such places lies a
+*piece function* on ``rows`` rows, which stands for a loop over all of them:
+
+    f(x [1, T, E]):  x0, e = pieces(x);  s = ema_scan(e);  x1, y = pieces(s, x0);  pieces(y, x1) ..
+
+- Each operator stands in the last piece function that may hold it, which leaves the least to be
+  kept for all rows: of a layer its residual stream ``x1`` and normed rows ``y``. Keys and values
+  are the latter, since ``reassociate_values`` projects values after the attention here.
+- Causal attention sees the keys up to a piece's last row, ``keys`` of them, another number in each
+  piece. An L1-Laplace attention sees all of them.
+- What is of the last timestep alone comes after all pieces.
+
+The loop is a call ``call_pure_packed("mega.pieces", name, arguments...)``, which `mega_tvm.aot`
+writes out. Arguments of ``T`` rows are cut where the piece function's parameter has fewer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import tvm
+from tvm import relax, tirx
+
+from ..errors import UnsupportedModelError
+from ..relax_ops import is_op, shape_of
+from .prune_last_timestep import argument_roles
+from .rewrite import Graph, variables
+
+CALL = "mega.pieces"
+KEYS = "keys"
+# Frames from which on a sequence is split whatever the number of threads: whole, the default model
+# needs 6.2 KB a frame beside its weights, split 2.2 (and at 4096 frames 2% less time).
+LONG = 2048
+LONG_ROWS = 512
+# A dense kernel of fewer rows waits for its weights.
+LEAST_ROWS = 24
+LINE = 64  # bytes, to which kernels expect rows to be aligned
+# Of a function that is to be split, and of a piece function: rows of a piece, and how many pieces.
+ROWS_ATTR, COUNT_ATTR = "mega.rows_of_a_piece", "mega.pieces"
+
+
+def mark(func: relax.Function, rows: int) -> relax.Function:
+    """Mark a function ``f(x [1, T, E])`` for `split_rows`; ``rows`` divides T."""
+    return func.with_attr(ROWS_ATTR, rows)
+
+
+def mark_splittable(mod: tvm.IRModule, threads: int) -> tvm.IRModule:
+    """Mark the functions of a module for which it pays to run some rows at a time.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+    threads : int
+        The thread count that the library will mostly run with.
+    """
+    mod = mod.clone()
+    for gvar, func in mod.functions_items():
+        shape = shape_of(func.params[0]) if isinstance(func, relax.Function) else ()
+        if len(shape) == 3 and shape[0] == 1 and isinstance(shape[1], int):
+            rows = rows_for(shape[1], threads)
+            if rows is not None:
+                mod.update_func(gvar, mark(func, rows))
+    return mod
+
+
+def rows_for(seq_len: int, threads: int) -> int | None:
+    """Return the rows of a piece of a sequence; None where it should stay whole.
+
+    Long sequences are split for the memory's sake, into pieces of up to `LONG_ROWS`; others where
+    several threads share a call, into two pieces a thread, an early one and a late one of causal
+    attention, or one a thread, where that leaves `LEAST_ROWS`.
+    """
+    if seq_len >= LONG:
+        most = min(LONG_ROWS, seq_len // (2 * threads))
+        fits = [rows for rows in range(LONG_ROWS // 4, most + 1) if seq_len % rows == 0]
+        return max(fits, default=None)
+    if threads > 1:
+        for pieces in (2 * threads, threads):
+            if seq_len % pieces == 0 and seq_len // pieces >= LEAST_ROWS:
+                return seq_len // pieces
+    return None
+
+
+def without_pieces(mod: tvm.IRModule) -> tvm.IRModule:
+    """Return a module without piece functions and what calls them: the Relax VM has no loops."""
+    kept = {}
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            calls = (value for _, value in Graph(func).bindings)
+            if is_piece(func) or any(map(_is_pieces_call, calls)):
+                continue
+        kept[gvar] = func
+    return tvm.IRModule(kept, attrs=mod.attrs)
+
+
+def _is_pieces_call(value: relax.Expr) -> bool:
+    return is_op(value, "call_pure_packed") and value.args[0].global_symbol == CALL
+
+
+def rows_of_a_piece(func: relax.Function) -> int | None:
+    """Return the rows that a function is to be split into; None if it is not marked."""
+    return int(func.attrs[ROWS_ATTR]) if func.attrs and ROWS_ATTR in func.attrs else None
+
+
+def is_piece(func: object) -> bool:
+    """Whether a function of a module is a piece function."""
+    return isinstance(func, relax.Function) and bool(func.attrs) and COUNT_ATTR in func.attrs
+
+
+def piece_count(func: relax.Function) -> int:
+    """Return how many pieces a piece function stands for."""
+    return int(func.attrs[COUNT_ATTR])
+
+
+class _Use(NamedTuple):
+    """How an operator uses one argument: rows of a piece, the rows up to its last, or all rows."""
+
+    var: relax.Var
+    how: str
+
+
+class _Plan:
+    """Which piece function holds which operator.
+
+    Parameters
+    ----------
+    graph : Graph
+        Of a function with one sequence.
+
+    Attributes
+    ----------
+    stage : dict of Var to int
+        The piece function that computes a value of T rows; of a moving average's result, which is
+        computed for all rows at once, the one that it stands ahead of.
+    count : int
+        Number of stages.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an operator on all rows is none that can be cut.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.seq_len = shape_of(graph.func.params[0])[1]
+        self.uses: dict[relax.Var, list[_Use]] = {}
+        earliest: dict[relax.Var, int] = {}
+        self._timed = {graph.func.params[0]}
+        for var, value in graph.bindings:
+            if not self._timed.intersection(variables(value)) or not self._has_rows(var, value):
+                continue
+            self._timed.add(var)
+            self.uses[var] = self._uses(value)
+            earliest[var] = max(
+                (earliest.get(use.var, 0) + (use.var in earliest and self._waits(use)))
+                for use in self.uses[var]
+            )
+        self.count = 1 + max(earliest.values(), default=-1)
+        self.stage = self._latest(earliest)
+
+    def is_timed(self, var: relax.Var) -> bool:
+        """Whether a variable holds a row for each timestep."""
+        return var in self._timed
+
+    def is_scan(self, var: relax.Var) -> bool:
+        """Whether a variable is what a moving average gives, which is computed for all rows."""
+        return is_op(self.graph.values.get(var), "mega.ema_scan")
+
+    def _has_rows(self, var: relax.Var, value: relax.Expr) -> bool:
+        if is_op(value, "mega.last_timestep"):
+            return False
+        if is_op(value, "mega.attention"):
+            return value.args[0] in self._timed
+        return list(shape_of(var))[:2] == [1, self.seq_len]
+
+    def _uses(self, value: relax.Expr) -> list[_Use]:
+        if isinstance(value, relax.Var):
+            return [_Use(value, "piece")]
+        roles = ["whole"] * 2 if is_op(value, "mega.ema_scan") else argument_roles(value)
+        if roles is None or not self._timed.issuperset(variables(value)):
+            name = str(getattr(getattr(value, "op", None), "name", type(value).__name__))
+            raise UnsupportedModelError(f"{name.removeprefix('relax.')} does not treat rows alone")
+        causal = is_op(value, "mega.attention") and not value.attrs["laplace"]
+        how = {"last": "piece", "whole": "seen" if causal else "all"}
+        return [
+            _Use(arg, how[role])
+            for arg, role in zip(value.args, roles, strict=True)
+            if isinstance(arg, relax.Var)
+        ]
+
+    def _waits(self, use: _Use) -> int:
+        """Return by how many stages a use must come after the value's own."""
+        return 0 if use.how == "piece" or self.is_scan(use.var) else 1
+
+    def _latest(self, earliest: dict[relax.Var, int]) -> dict[relax.Var, int]:
+        """Return the last stage that may hold each value, by what uses it."""
+        latest = dict.fromkeys(earliest, self.count - 1)
+        for var in reversed(self.uses):
+            for use in self.uses[var]:
+                if use.var in latest:
+                    latest[use.var] = min(latest[use.var], latest[var] - self._waits(use))
+        return latest
+
+
+class _Split:
+    """Rewrites one function."""
+
+    def __init__(self, func: relax.Function, rows: int) -> None:
+        self.graph = Graph(func)
+        self.plan = _Plan(self.graph)
+        self.name = str(func.attrs["global_symbol"])
+        self.rows, self.keys = rows, tirx.Var(KEYS, "int64")
+        self.pieces: dict[str, relax.Function] = {}
+
+    def run(self) -> dict[str, relax.Function]:
+        """Return the function and its piece functions, by name."""
+        graph, plan = self.graph, self.plan
+        attrs = {k: v for k, v in dict(graph.func.attrs).items() if k != ROWS_ATTR}
+        with graph.builder.function(self.name, graph.func.params, attrs):
+            with graph.builder.dataflow():
+                for stage in range(plan.count):
+                    self._emit_stage(stage)
+                for var, value in graph.bindings:
+                    if not plan.is_timed(var):
+                        self._emit(var, value)
+                result = graph.builder.emit_output(graph.renew(graph.func.body.body))
+            graph.builder.emit_func_output(result)
+        return {self.name: graph.builder.get()[self.name], **self.pieces}
+
+    def _emit(self, var: relax.Var, value: relax.Expr) -> None:
+        self.graph.env[var] = self.graph.builder.emit(self.graph.renew(value))
+
+    def _emit_stage(self, stage: int) -> None:
+        plan, env, builder = self.plan, self.graph.env, self.graph.builder
+        mine = [(var, value) for var, value in self.graph.bindings if plan.stage.get(var) == stage]
+        for var, value in mine:
+            if plan.is_scan(var):
+                self._emit(var, value)
+        inner = [(var, value) for var, value in mine if not plan.is_scan(var)]
+        if not inner:
+            return
+        name = f"{self.name}_pieces_{len(self.pieces)}"
+        made = {var for var, _ in inner}
+        uses = (use for var, _ in inner for use in plan.uses[var])
+        brought = list(dict.fromkeys(use for use in uses if use.var not in made))
+        results = [var for var, _ in inner if self._leaves(var, made)]
+        for var in results:
+            self._check_alignment(var)
+        self.pieces[name] = self._piece_function(name, brought, inner, results)
+        types = [relax.TensorType(list(shape_of(var)), str(var.ty.dtype)) for var in results]
+        call = relax.call_pure_packed(
+            CALL,
+            tvm.ir.StringImm(name),
+            *(env.get(use.var, use.var) for use in brought),
+            ty_args=[relax.TupleType(types)],
+        )
+        all_rows = builder.emit(call)
+        for index, var in enumerate(results):
+            env[var] = builder.emit(relax.TupleGetItem(all_rows, index))
+
+    def _leaves(self, var: relax.Var, made: set[relax.Var]) -> bool:
+        """Whether a value is used outside of the piece function that makes it."""
+        return var == self.graph.func.body.body or any(
+            var in variables(value) for user, value in self.graph.bindings if user not in made
+        )
+
+    def _check_alignment(self, var: relax.Var) -> None:
+        """Refuse rows that would start where kernels do not expect them.
+
+        A dense kernel reads its input an element at a time, wherever it starts.
+        """
+        readers = [value for _, value in self.graph.bindings if var in variables(value)]
+        of_dense = all(
+            is_op(value, "mega.dense") and value.args[0] == var and variables(value).count(var) == 1
+            for value in readers
+        )
+        row_bytes = 4 * math.prod(shape_of(var)[2:])
+        made_here = var in self.plan.stage
+        if self.rows * row_bytes % LINE and (made_here or not of_dense):
+            raise UnsupportedModelError(f"{self.rows} rows of {row_bytes} bytes are no whole lines")
+
+    def _piece_function(
+        self,
+        name: str,
+        brought: list[_Use],
+        bindings: list[tuple[relax.Var, relax.Expr]],
+        results: list[relax.Var],
+    ) -> relax.Function:
+        builder = relax.BlockBuilder()
+        length = {"piece": self.rows, "seen": self.keys, "all": self.plan.seq_len}
+        params = []
+        for index, use in enumerate(brought):
+            shape = [1, length[use.how], *shape_of(use.var)[2:]]
+            if use.how == "piece":
+                self._check_alignment(use.var)
+            params.append(
+                relax.Var(f"{use.how}_{index}", relax.TensorType(shape, str(use.var.ty.dtype)))
+            )
+        known = dict(zip(brought, params, strict=True))
+        made: dict[relax.Var, relax.Var] = {}
+        attrs = {"global_symbol": name, COUNT_ATTR: self.plan.seq_len // self.rows}
+        with builder.function(name, params, attrs):
+            with builder.dataflow():
+                for var, value in bindings:
+                    uses = self.plan.uses[var]
+                    mine = [made[use.var] if use.var in made else known[use] for use in uses]
+                    if isinstance(value, relax.Var):
+                        made[var] = mine[0]
+                        continue
+                    rest = iter(mine)
+                    args = [next(rest) if isinstance(a, relax.Var) else a for a in value.args]
+                    made[var] = builder.emit(relax.Call(value.op, args, value.attrs))
+                output = builder.emit_output(relax.Tuple([made[var] for var in results]))
+            builder.emit_func_output(output)
+        return builder.get()[name]
+
+
+def _transform(mod: tvm.IRModule, _ctx: object) -> tvm.IRModule:
+    mod = mod.clone()
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function) and (rows := rows_of_a_piece(func)):
+            try:
+                functions = _Split(func, rows).run()
+            except UnsupportedModelError:
+                functions = {gvar.name_hint: func.without_attr(ROWS_ATTR)}  # it stays whole
+            for name, new in functions.items():
+                if name == gvar.name_hint:
+                    mod.update_func(gvar, new)
+                else:
+                    mod[name] = new
+    return mod
+
+
+split_rows = tvm.transform.module_pass(_transform, opt_level=0, name="split_rows")

@@ -1,0 +1,86 @@
+"""Entries that run their rows in pieces: results, memory, threads, tracing."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+import mega_tvm
+from mega_tvm.bench.flops import executed_flops
+from mega_tvm.errors import MegaError
+from mega_tvm.tolerances import assert_parity
+from mega_tvm.tracing import name_layers, trace
+from tests.compiler.models import float64, mega
+
+ROWS, T = 16, 112  # seven pieces, the last in the middle of the order
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["softmax", "laplace"])
+def model(request):
+    return mega(num_layers=2, laplace_attention=request.param)
+
+
+@pytest.fixture(scope="module")
+def paths(model, tmp_path_factory):
+    """A library in pieces, one with a symbolic entry beside, and one of whole sequences."""
+    folder = tmp_path_factory.mktemp("pieces")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # By its module: the package has the pass under this name.
+        patch.setattr(sys.modules["mega_tvm.passes.split_rows"], "rows_for", lambda *_: ROWS)
+        kinds = {
+            "pieces": {},
+            "traced": {"symbolic": True},
+            "whole": {"disabled_passes": ["split_rows"]},
+        }
+        return {
+            name: mega_tvm.compile_model(
+                model, output=folder / f"{name}.so", seq_len=T, stream=False,
+                **{"symbolic": False, **options},
+            )
+            for name, options in kinds.items()
+        }  # fmt: skip
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((1, T, 13), dtype=np.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_threads_computes_the_same(model, paths, x, threads) -> None:
+    found = mega_tvm.load(paths["pieces"], num_threads=threads)(x)
+    assert_parity(found, float64(model, x))
+    np.testing.assert_array_equal(found, mega_tvm.load(paths["pieces"])(x))
+
+
+def test_less_is_kept_of_all_rows(paths) -> None:
+    pieces, whole = (
+        mega_tvm.load(paths[name]).entries[0].workspace for name in ("pieces", "whole")
+    )
+    assert pieces < 0.9 * whole
+
+
+def test_calls_of_a_piece_count_once_a_piece(model, paths) -> None:
+    pieces, whole = (mega_tvm.load(paths[name]).metadata["kernels"] for name in ("pieces", "whole"))
+    if model.config.laplace_attention:
+        assert executed_flops(pieces) == executed_flops(whole)
+    else:  # values are projected after the attention, in float32 the same number of times
+        assert executed_flops(pieces) == pytest.approx(executed_flops(whole), rel=0.01)
+
+
+def test_tracing_takes_the_symbolic_entry(model, paths, x) -> None:
+    with pytest.raises(MegaError, match="runs its rows in pieces"):
+        trace(mega_tvm.load(paths["pieces"]), "main", x)
+    calls = trace(mega_tvm.load(paths["traced"]), "main", x)
+    assert "mega_block_2_ffn_residual" in name_layers(calls, model.config)
+
+
+def test_memory_is_given_back(paths, x) -> None:
+    """A piece's own memory stays with its thread, from one call to the next."""
+    loaded = mega_tvm.load(paths["pieces"], num_threads=2)
+    first = loaded(x)
+    for _ in range(200):
+        np.testing.assert_array_equal(loaded(x), first)
