@@ -22,22 +22,21 @@ writes out. Arguments of ``T`` rows are cut where the piece function's parameter
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import tvm
 from tvm import relax, tirx
 
 from ..errors import UnsupportedModelError
 from ..relax_ops import is_op, shape_of
-from .prune_last_timestep import argument_roles
 from .rewrite import Graph, variables
+from .row_stages import Stages, Use
 
 CALL = "mega.pieces"
 KEYS = "keys"
 # Frames from which on a sequence is split whatever the number of threads: whole, the default model
 # needs 6.2 KB a frame beside its weights, split 2.2 (and at 4096 frames 2% less time).
 LONG = 2048
-LONG_ROWS = 512
+LONG_ROWS = 256
 # A dense kernel of fewer rows waits for its weights.
 LEAST_ROWS = 24
 LINE = 64  # bytes, to which kernels expect rows to be aligned
@@ -118,117 +117,26 @@ def piece_count(func: relax.Function) -> int:
     return int(func.attrs[COUNT_ATTR])
 
 
-class _Use(NamedTuple):
-    """How an operator uses one argument: rows of a piece, the rows up to its last, or all rows."""
-
-    var: relax.Var
-    how: str
-
-
-class _Plan:
-    """Which piece function holds which operator.
-
-    Parameters
-    ----------
-    graph : Graph
-        Of a function with one sequence.
-
-    Attributes
-    ----------
-    stage : dict of Var to int
-        The piece function that computes a value of T rows; of a moving average's result, which is
-        computed for all rows at once, the one that it stands ahead of.
-    count : int
-        Number of stages.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If an operator on all rows is none that can be cut.
-    """
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.seq_len = shape_of(graph.func.params[0])[1]
-        self.uses: dict[relax.Var, list[_Use]] = {}
-        earliest: dict[relax.Var, int] = {}
-        self._timed = {graph.func.params[0]}
-        for var, value in graph.bindings:
-            if not self._timed.intersection(variables(value)) or not self._has_rows(var, value):
-                continue
-            self._timed.add(var)
-            self.uses[var] = self._uses(value)
-            earliest[var] = max(
-                (earliest.get(use.var, 0) + (use.var in earliest and self._waits(use)))
-                for use in self.uses[var]
-            )
-        self.count = 1 + max(earliest.values(), default=-1)
-        self.stage = self._latest(earliest)
-
-    def is_timed(self, var: relax.Var) -> bool:
-        """Whether a variable holds a row for each timestep."""
-        return var in self._timed
-
-    def is_scan(self, var: relax.Var) -> bool:
-        """Whether a variable is what a moving average gives, which is computed for all rows."""
-        return is_op(self.graph.values.get(var), "mega.ema_scan")
-
-    def _has_rows(self, var: relax.Var, value: relax.Expr) -> bool:
-        if is_op(value, "mega.last_timestep"):
-            return False
-        if is_op(value, "mega.attention"):
-            return value.args[0] in self._timed
-        return list(shape_of(var))[:2] == [1, self.seq_len]
-
-    def _uses(self, value: relax.Expr) -> list[_Use]:
-        if isinstance(value, relax.Var):
-            return [_Use(value, "piece")]
-        roles = ["whole"] * 2 if is_op(value, "mega.ema_scan") else argument_roles(value)
-        if roles is None or not self._timed.issuperset(variables(value)):
-            name = str(getattr(getattr(value, "op", None), "name", type(value).__name__))
-            raise UnsupportedModelError(f"{name.removeprefix('relax.')} does not treat rows alone")
-        causal = is_op(value, "mega.attention") and not value.attrs["laplace"]
-        how = {"last": "piece", "whole": "seen" if causal else "all"}
-        return [
-            _Use(arg, how[role])
-            for arg, role in zip(value.args, roles, strict=True)
-            if isinstance(arg, relax.Var)
-        ]
-
-    def _waits(self, use: _Use) -> int:
-        """Return by how many stages a use must come after the value's own."""
-        return 0 if use.how == "piece" or self.is_scan(use.var) else 1
-
-    def _latest(self, earliest: dict[relax.Var, int]) -> dict[relax.Var, int]:
-        """Return the last stage that may hold each value, by what uses it."""
-        latest = dict.fromkeys(earliest, self.count - 1)
-        for var in reversed(self.uses):
-            for use in self.uses[var]:
-                if use.var in latest:
-                    latest[use.var] = min(latest[use.var], latest[var] - self._waits(use))
-        return latest
-
-
 class _Split:
     """Rewrites one function."""
 
     def __init__(self, func: relax.Function, rows: int) -> None:
         self.graph = Graph(func)
-        self.plan = _Plan(self.graph)
+        self.stages = Stages(self.graph)
         self.name = str(func.attrs["global_symbol"])
         self.rows, self.keys = rows, tirx.Var(KEYS, "int64")
         self.pieces: dict[str, relax.Function] = {}
 
     def run(self) -> dict[str, relax.Function]:
         """Return the function and its piece functions, by name."""
-        graph, plan = self.graph, self.plan
+        graph, stages = self.graph, self.stages
         attrs = {k: v for k, v in dict(graph.func.attrs).items() if k != ROWS_ATTR}
         with graph.builder.function(self.name, graph.func.params, attrs):
             with graph.builder.dataflow():
-                for stage in range(plan.count):
+                for stage in range(stages.count):
                     self._emit_stage(stage)
                 for var, value in graph.bindings:
-                    if not plan.is_timed(var):
+                    if not stages.is_timed(var):
                         self._emit(var, value)
                 result = graph.builder.emit_output(graph.renew(graph.func.body.body))
             graph.builder.emit_func_output(result)
@@ -238,17 +146,19 @@ class _Split:
         self.graph.env[var] = self.graph.builder.emit(self.graph.renew(value))
 
     def _emit_stage(self, stage: int) -> None:
-        plan, env, builder = self.plan, self.graph.env, self.graph.builder
-        mine = [(var, value) for var, value in self.graph.bindings if plan.stage.get(var) == stage]
+        stages, env, builder = self.stages, self.graph.env, self.graph.builder
+        mine = [
+            (var, value) for var, value in self.graph.bindings if stages.stage.get(var) == stage
+        ]
         for var, value in mine:
-            if plan.is_scan(var):
+            if stages.is_scan(var):
                 self._emit(var, value)
-        inner = [(var, value) for var, value in mine if not plan.is_scan(var)]
+        inner = [(var, value) for var, value in mine if not stages.is_scan(var)]
         if not inner:
             return
         name = f"{self.name}_pieces_{len(self.pieces)}"
         made = {var for var, _ in inner}
-        uses = (use for var, _ in inner for use in plan.uses[var])
+        uses = (use for var, _ in inner for use in stages.uses[var])
         brought = list(dict.fromkeys(use for use in uses if use.var not in made))
         results = [var for var, _ in inner if self._leaves(var, made)]
         for var in results:
@@ -282,19 +192,19 @@ class _Split:
             for value in readers
         )
         row_bytes = 4 * math.prod(shape_of(var)[2:])
-        made_here = var in self.plan.stage
+        made_here = var in self.stages.stage
         if self.rows * row_bytes % LINE and (made_here or not of_dense):
             raise UnsupportedModelError(f"{self.rows} rows of {row_bytes} bytes are no whole lines")
 
     def _piece_function(
         self,
         name: str,
-        brought: list[_Use],
+        brought: list[Use],
         bindings: list[tuple[relax.Var, relax.Expr]],
         results: list[relax.Var],
     ) -> relax.Function:
         builder = relax.BlockBuilder()
-        length = {"piece": self.rows, "seen": self.keys, "all": self.plan.seq_len}
+        length = {"piece": self.rows, "seen": self.keys, "all": self.stages.seq_len}
         params = []
         for index, use in enumerate(brought):
             shape = [1, length[use.how], *shape_of(use.var)[2:]]
@@ -305,11 +215,11 @@ class _Split:
             )
         known = dict(zip(brought, params, strict=True))
         made: dict[relax.Var, relax.Var] = {}
-        attrs = {"global_symbol": name, COUNT_ATTR: self.plan.seq_len // self.rows}
+        attrs = {"global_symbol": name, COUNT_ATTR: self.stages.seq_len // self.rows}
         with builder.function(name, params, attrs):
             with builder.dataflow():
                 for var, value in bindings:
-                    uses = self.plan.uses[var]
+                    uses = self.stages.uses[var]
                     mine = [made[use.var] if use.var in made else known[use] for use in uses]
                     if isinstance(value, relax.Var):
                         made[var] = mine[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mega_tvm.errors import CompileError
-from mega_tvm.passes import GRAPH_PASSES, OPTIONAL_PASSES, REQUIRED_PASSES
+from mega_tvm.passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES, REQUIRED_PASSES
 from mega_tvm.passes.rewrite import constant64
 from mega_tvm.pipeline import check_pass_names
 from tests.passes.harness import graph, random_mega, without
@@ -34,7 +34,8 @@ def test_weights_that_nothing_was_folded_into_keep_their_bits() -> None:
 
 
 def test_required_passes_cannot_be_switched_off() -> None:
-    assert {p.info.name for p in GRAPH_PASSES} == REQUIRED_PASSES | set(OPTIONAL_PASSES)
+    passes = {p.info.name for p in (*GRAPH_PASSES, *CPU_PASSES)}
+    assert passes == REQUIRED_PASSES | set(OPTIONAL_PASSES)
     for name in REQUIRED_PASSES:
         with pytest.raises(CompileError, match=f"cannot switch off {name}"):
             check_pass_names([name])
