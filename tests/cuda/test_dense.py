@@ -34,6 +34,21 @@ def test_parity(name: str) -> None:
     check(dense_case(np.random.default_rng(0), DenseSpec(lead, k, n, **options)), name)
 
 
+@pytest.mark.parametrize("rows", range(1, 10), ids="M{}".format)
+@on_every_device
+def test_few_rows(rows: int) -> None:
+    """The last row of so many sequences, or a frame of so many streams; tiles from 9 on."""
+    from tests.cuda.fused_cases import normed_case
+    from tests.cuda.harness import check
+    from tests.schedules.cases import dense_case
+
+    rng = np.random.default_rng(rows)
+    dense = dense_case(rng, DenseSpec((rows, 1), 40, 70, residual=True))
+    normed = normed_case(rng, NormedDenseSpec((rows, 1), 40, 70, swiglu=True))
+    for case in (dense, normed):
+        check(case, f"M{rows}", orders=(2,))
+
+
 # block_m, block_n, thread_m, slices
 TILES = [
     (16, 16, 1, 1),
