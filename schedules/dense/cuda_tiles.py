@@ -2,7 +2,8 @@
 
 1. The block walks k in steps of 8 times ``slices``. Two stages of shared memory take turns: while
    one is multiplied, the next tile is on its way from global memory into registers, and is stored
-   into the other. One barrier a step.
+   into the other. One barrier a step. (Not by ``cp.async``: it moves 16 bytes as they lie, and
+   ``x`` is stored transposed, or losing its mean.)
 2. A thread holds ``thread_m`` rows by 4 columns of accumulators, of 8 k of each step: where there
    are too few tiles for a GPU, several threads, ``slices`` of them, share what would be one's.
    A k costs a thread one or two 16-byte loads of ``x`` (a column of rows: the tile is stored

@@ -74,6 +74,9 @@ KERNELS = {
     ),
     "softmax": Budget(gated_attention(_attention(GatedAttentionSpec, 60)), 48, 0.62, 0.29),
     "softmax_long": Budget(gated_attention(_attention(GatedAttentionSpec, 4096)), 64, 0.5, 0.43),
+    "softmax_512": Budget(
+        gated_attention(_attention(GatedAttentionSpec, 4096, 512)), 96, 0.31, 0.43
+    ),
     "laplace": Budget(laplace_attention(_attention(LaplaceAttentionSpec, 60)), 48, 0.62, 0.5),
     "laplace_long": Budget(
         laplace_attention(_attention(LaplaceAttentionSpec, 4096)), 64, 0.5, 0.28
