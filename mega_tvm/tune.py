@@ -11,9 +11,9 @@ from typing import Any
 
 from reference import MegaConfig
 
-from .compile import DEFAULT_EMBED_DIM, add_model_options, input_file, model_options
 from .console import console, print_settings, run_command
 from .errors import TuningError
+from .model_arguments import DEFAULT_EMBED_DIM, add_model_options, input_file, model_options
 
 # The default model has 17 kernels with something to decide; its last gains came within 560 trials.
 DEFAULT_TRIALS = 800
@@ -108,8 +108,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise TuningError(f"--{name} must be a positive integer; got {value}")
     with out.status("loading the compiler"):
-        from .compiler import input_shapes
         from .cuda.target import CudaTarget
+        from .input_shapes import input_shapes
         from .model_source import resolve_model
         from .targets import machine_runs, resolve_target
         from .tuning.cuda_device import tuned_target

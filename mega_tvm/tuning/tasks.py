@@ -14,10 +14,10 @@ from tvm.s_tir.meta_schedule.database import Workload
 from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import kernel_op
 
-from ..compiler import import_entries
 from ..cuda.passes import CUDA_PASSES
 from ..cuda.target import CudaTarget
 from ..frontend.onnx import OnnxModel
+from ..input_shapes import import_entries
 from ..passes import GRAPH_PASSES
 from ..pipeline import calls_of, graph_phase, kernel_phase
 from ..targets import CpuTarget, with_threads
@@ -62,7 +62,7 @@ def extract_kernels(
     ----------
     module : Module or OnnxModel
     shapes : mapping of str to tuple
-        Input shapes by entry, as `mega_tvm.compiler.input_shapes` returns them.
+        Input shapes by entry, as `mega_tvm.input_shapes.input_shapes` returns them.
     target : CpuTarget or CudaTarget
     threads : int
         Threads that kernels run with.

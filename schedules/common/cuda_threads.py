@@ -20,6 +20,7 @@ FFMA_CYCLES = 2
 MMA_CYCLES = 8
 MMA_LATENCY = 33
 L2_BYTES = 64  # a multiprocessor gets a cycle
+L2_CYCLES = 200  # from a load to its value
 # From one barrier to the next, a block that is alone on its multiprocessor also waits for shared
 # memory (about 30 cycles to load) and for the barrier itself.
 BARRIER_CYCLES = 60

@@ -21,9 +21,10 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from ..common import decisions
-from ..common.cuda_attention import Scoring, sample_tiles, tiled_attention
+from ..common.cuda_attention import sample_tiles, tiled_attention
 from ..common.cuda_attention_mma import mma_attention, sample_mma_tiles
 from ..common.cuda_attention_row import row_attention
+from ..common.cuda_scoring import Scoring
 from ..common.cuda_threads import exp
 from ..common.kernel import ScheduledKernel
 from ..common.storage import storage_of

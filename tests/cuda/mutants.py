@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from mega_tvm.tolerances import compare
+from schedules.dense.cuda import tiles
+from schedules.dense.cuda_tiles import Tile
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
 from schedules.ema_scan_dense.naive import EmaScanDenseSpec
@@ -22,7 +24,14 @@ def case_of(kernel: str) -> tuple[Case, dict[str, int]]:
     """Return a case, and the decisions that replace defaults."""
     rng = np.random.default_rng(0)
     found = {
-        "tiles": lambda: dense_case(rng, DenseSpec((59,), 40, 33, residual=True)),
+        "tiles": lambda: (
+            dense_case(rng, DenseSpec((59,), 40, 33, residual=True)),
+            {"tile": tiles().index(Tile(32, 16, 1, slices=1))},
+        ),
+        "slices": lambda: (
+            dense_case(rng, DenseSpec((59,), 200, 33, residual=True)),
+            {"tile": tiles().index(Tile(16, 16, 2, slices=4))},
+        ),
         "few_rows": lambda: dense_case(rng, DenseSpec((3,), 40, 33)),
         "scan": lambda: ema_case(rng, EmaScanSpec(1, 59, 16)),
         "long_scan": lambda: (ema_case(rng, EmaScanSpec(1, 150, 16)), {"segment": 64}),

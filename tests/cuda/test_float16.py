@@ -38,6 +38,7 @@ ATTENTIONS = {
     "B1-T65-W24-V72-ungated": (1, 65, 65, 24, 72, {"gate": False}),
     "B1-Q5-K70-W17-V9": (1, 5, 70, 17, 9, {}),
     "B1-Q1-K300-W40-V70": (1, 1, 300, 40, 70, {}),
+    "B1-T9-W512": (1, 9, 9, 512, None, {}),
 }
 # queries, keys, width, width of values; block_q, columns: several tiles of keys, blocks of columns
 TILES = {

@@ -57,14 +57,14 @@ KERNELS = {
         dense(DenseSpec((1920,), 256, 768, residual=True)), 88, occupancy=0.37, ffma=0.82
     ),
     "dense_swiglu": Budget(
-        normed_dense(NormedDenseSpec((1920,), 256, 1376, swiglu=True)), 96, 0.31, 0.75, 0.5, 99
+        normed_dense(NormedDenseSpec((1920,), 256, 1376, swiglu=True)), 96, 0.31, 0.81, 0.5, 8
     ),
     "dense_small": Budget(
-        dense(DenseSpec((1, 60), 256, 768, sigmoid_from=512)), 48, 0.62, ffma=0.4
+        dense(DenseSpec((1, 60), 256, 768, sigmoid_from=512)), 48, 0.62, ffma=0.63
     ),
     "dense_row": Budget(dense(DenseSpec((1, 1), 256, 256)), 32, 1.0, loads=0.4, stores=1),
     "normed": Budget(
-        normed_dense(NormedDenseSpec((1, 60), 256, 1376, swiglu=True)), 48, 0.62, 0.35, 0.4, 1
+        normed_dense(NormedDenseSpec((1, 60), 256, 1376, swiglu=True)), 64, 0.5, 0.72, 0.5, 4
     ),
     "scan": Budget(
         ema_scan_dense(EmaScanDenseSpec(1, 60, 16, 256, residual=True)), 40, 0.75, loads=0.5
@@ -74,6 +74,9 @@ KERNELS = {
     ),
     "softmax": Budget(gated_attention(_attention(GatedAttentionSpec, 60)), 48, 0.62, 0.29),
     "softmax_long": Budget(gated_attention(_attention(GatedAttentionSpec, 4096)), 64, 0.5, 0.43),
+    "softmax_512": Budget(
+        gated_attention(_attention(GatedAttentionSpec, 4096, 512)), 96, 0.31, 0.43
+    ),
     "laplace": Budget(laplace_attention(_attention(LaplaceAttentionSpec, 60)), 48, 0.62, 0.5),
     "laplace_long": Budget(
         laplace_attention(_attention(LaplaceAttentionSpec, 4096)), 64, 0.5, 0.28

@@ -9,6 +9,7 @@ from tests.cuda.emulator.worker import in_emulator
 # Every barrier of every kernel, by the number of barriers.
 BARRIERS = {
     "tiles": 2,
+    "slices": 3,
     "few_rows": 1,
     "scan": 2,
     "long_scan": 2,
@@ -23,8 +24,17 @@ INDICES = {
     "a_row_too_many_read": ("tiles", r", 58\)", ", 59)", 1, "out of bounds"),
     "a_row_too_many_written": ("tiles", r"< 59\) \{", "< 60) {", 0, "out of bounds"),
     "vector_off_by_one": ("tiles", r"\(x_ptr \+ \(", "(x_ptr + (1 + ", 0, "misaligned"),
-    "tile_off_by_one": ("tiles", r"ws0_ptr\[\(", "ws0_ptr[1 + (", 0, "out of bounds"),
+    "tile_off_by_one": ("tiles", r"\(stage0_ptr \+ \(", "(stage0_ptr + (4 + ", 0, "out of bounds"),
     "a_step_too_few": ("tiles", r"pair < 3", "pair < 2", 0, "outside tolerance"),
+    "a_slice_not_added": ("slices", r"\+ 256\)\]", "+ 128)]", 0, "outside tolerance"),
+    "rows_of_another_slice": (
+        "slices",
+        r"threadIdx\.x\) >> 5\) \* 160",
+        "threadIdx.x) >> 6) * 160",
+        1,
+        "outside tolerance",
+    ),
+    "a_slice_not_stored": ("slices", r"32 <= \(\(int\)threadIdx", "64 <= ((int)threadIdx", 0, ""),
     "a_column_too_many": ("few_rows", r"< 33\) \{", "< 34) {", 0, "data race"),
     "a_channel_too_many": ("scan", r"threadIdx\.x\) < 16\)", "threadIdx.x) < 17)", 0, ""),
     "a_step_too_many": ("long_scan", r", 149\)", ", 150)", 1, "out of bounds"),
