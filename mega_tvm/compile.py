@@ -135,7 +135,7 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         default="float32",
-        help="type of weights and activations: float32 (default); float16 on GPUs",
+        help="type of weights and activations: float32 (default); float16 or bfloat16 on GPUs",
     )
     add(
         "--tuning-log",

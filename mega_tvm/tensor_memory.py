@@ -13,7 +13,7 @@ import tvm_ffi
 
 from mega_tvm.artifact_format import read_tensors
 from mega_tvm.inputs import aligned_empty
-from mega_tvm.manifest_schema import ALIGNMENT
+from mega_tvm.manifest_schema import ALIGNMENT, array_type
 
 _HUGE_PAGE = 2 << 20
 # mmap's default is shared memory, which is seldom on huge pages.
@@ -29,7 +29,7 @@ class Tensors:
     block : tvm_ffi.Tensor
         All bytes, as in the file, uint8.
     views : tvm_ffi.Array of tvm_ffi.Tensor
-        Each tensor; the block lives as long as any of them.
+        Each tensor, bfloat16 as uint16; the block lives as long as any of them.
     """
 
     block: tvm_ffi.Tensor
@@ -53,7 +53,8 @@ def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tens
     views = []
     for item in manifest["tensors"]["items"]:
         count = int(np.prod(item["shape"], dtype=np.int64))
-        array = np.frombuffer(blob, item["dtype"], count, item["offset"]).reshape(item["shape"])
+        dtype = array_type(item["dtype"])
+        array = np.frombuffer(blob, dtype, count, item["offset"]).reshape(item["shape"])
         views.append(tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT))
     # Without tensors, kernels read none: any byte will do, and they expect one.
     block = np.frombuffer(blob, np.uint8) if len(blob) else aligned_empty((1,)).view(np.uint8)[:1]

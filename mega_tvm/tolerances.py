@@ -61,6 +61,13 @@ TOLERANCES: Mapping[str, Tolerance] = {
         # to reach the output undiminished. Measured, worst of the golden models: 1.2e-3.
         relative_rms=2e-3,
     ),
+    # The same in bfloat16, whose unit roundoff is 8 times as large: u = 3.9e-3.
+    "bfloat16": Tolerance(
+        # Five times the other bound, as for float16.
+        max_abs=8e-2,
+        # A rounding errs by 1.6e-3 of its value (RMS): 56 independent ones make 1.2e-2.
+        relative_rms=1.6e-2,
+    ),
     "float64": Tolerance(
         # Between two float64 references. The float32 numbers times 2^-29, the ratio of the unit
         # roundoffs, are 1.9e-14 and 3.7e-15; rounded up to powers of ten.

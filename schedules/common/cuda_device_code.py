@@ -1,4 +1,4 @@
-"""Puts the CUDA C that kernels for float16 call ahead of them. Needs no TVM."""
+"""Puts the CUDA C that kernels for float16 and bfloat16 call ahead of them. Needs no TVM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 _CALLED = re.compile(r"\bmega_\w+\(")
-_FUNCTIONS = Path(__file__).with_name("float16.cuh")
+_FUNCTIONS = Path(__file__).with_name("half_types.cuh")
 
 
 def add_device_code(source: str) -> str:

@@ -32,10 +32,10 @@ def case_of(kernel: str) -> tuple[Case, dict[str, int]]:
         ),
         "attention": lambda: attention_case(rng, attention_spec(False, 1, 70, 70, 40)),
         "mma": lambda: stored_in_half(
-            dense_case(rng, DenseSpec((59,), 200, 34, residual=True)), wide=[2]
+            "float16", dense_case(rng, DenseSpec((59,), 200, 34, residual=True)), wide=[2]
         ),
         "mma_attention": lambda: stored_in_half(
-            attention_case(rng, attention_spec(False, 1, 70, 150, 72))
+            "float16", attention_case(rng, attention_spec(False, 1, 70, 150, 72))
         ),
         "row": lambda: attention_case(rng, attention_spec(False, 1, 1, 300, 40)),
     }[kernel]()

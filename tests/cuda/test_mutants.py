@@ -46,7 +46,7 @@ INDICES = {
         "is still filling",
     ),
     "copies_of_two_steps_in_a_group": ("mma", r"mega_commit_copies\(\);", "", 1, "still filling"),
-    "the_wrong_fragment": ("mma", r"(mega_mma\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
+    "the_wrong_fragment": ("mma", r"(mega_mma_\w+\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
     "rows_in_another_order": (
         "mma",
         r"mega_load_matrices\(a_ptr, 0, xs_ptr, \(",
@@ -57,7 +57,7 @@ INDICES = {
     "values_not_waited_for": ("mma_attention", r"mega_wait_copies\(2\);", "", 1, "still filling"),
     "keys_of_another_half": (
         "mma_attention",
-        r"(mega_mma\(s_ptr.*), 2\);",
+        r"(mega_mma_\w+\(s_ptr.*), 2\);",
         r"\1, 0);",
         0,
         "outside tolerance",

@@ -1,4 +1,4 @@
-"""Whole models on float16 tensors."""
+"""Whole models on tensors of a half type."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Kernels on float16 tensors: parity at odd shapes, in any order of threads."""
+"""Kernels on tensors of a half type: parity at odd shapes, in any order of threads."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from schedules.common.half_types import HALF_TYPES
 from schedules.dense.naive import DenseSpec
 from tests.cuda.devices import on_every_device
 
@@ -47,104 +48,128 @@ TILES = {
 }
 
 
-def rng():
-    """Return a generator whose normal numbers are float16's."""
+BOTH = pytest.mark.parametrize("dtype", HALF_TYPES)
+
+
+def rng(dtype: str):
+    """Return a generator whose normal numbers are of a half type."""
+    import ml_dtypes  # noqa: F401 (tells NumPy of bfloat16)
+
+    half = np.dtype(dtype)
 
     class Rounded:
         def __init__(self) -> None:
             self.rng = np.random.default_rng(0)
 
         def standard_normal(self, size, dtype=np.float32):
-            return self.rng.standard_normal(size, dtype).astype(np.float16).astype(dtype)
+            return self.rng.standard_normal(size, dtype).astype(half).astype(dtype)
 
     return Rounded()
 
 
 @pytest.mark.parametrize("name", DENSE)
+@BOTH
 @on_every_device
-def test_dense(name: str) -> None:
+def test_dense(dtype: str, name: str) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import dense_case
 
     lead, k, n, options = DENSE[name]
-    check(stored_in_half(dense_case(rng(), DenseSpec(lead, k, n, **options)), wide=[2]), name)
+    check(
+        stored_in_half(dtype, dense_case(rng(dtype), DenseSpec(lead, k, n, **options)), wide=[2]),
+        name,
+    )
 
 
 @pytest.mark.parametrize("name", NORMED)
+@BOTH
 @on_every_device
-def test_normed_dense(name: str) -> None:
+def test_normed_dense(dtype: str, name: str) -> None:
     from schedules.normed_dense.naive import NormedDenseSpec
     from tests.cuda.fused_cases import normed_case
     from tests.cuda.harness import check, stored_in_half
 
     lead, k, n, options = NORMED[name]
-    case = normed_case(rng(), NormedDenseSpec(lead, k, n, **options))
-    check(stored_in_half(case, wide=[2]), name)
+    case = normed_case(rng(dtype), NormedDenseSpec(lead, k, n, **options))
+    check(stored_in_half(dtype, case, wide=[2]), name)
 
 
 @pytest.mark.parametrize("name", NORMS)
+@BOTH
 @on_every_device
-def test_layer_norm(name: str) -> None:
+def test_layer_norm(dtype: str, name: str) -> None:
     from schedules.layer_norm.naive import LayerNormSpec
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import layer_norm_case
 
     lead, n, options = NORMS[name]
-    x = rng().standard_normal((*lead, n))
-    case = layer_norm_case(LayerNormSpec(lead, n, 1e-5, **options), x, rng())
-    check(stored_in_half(case, wide=[1, 2] if len(case.inputs) > 1 else []), name)
+    x = rng(dtype).standard_normal((*lead, n))
+    case = layer_norm_case(LayerNormSpec(lead, n, 1e-5, **options), x, rng(dtype))
+    check(stored_in_half(dtype, case, wide=[1, 2] if len(case.inputs) > 1 else []), name)
 
 
 @pytest.mark.parametrize("name", SCANS)
+@BOTH
 @on_every_device
-def test_ema_scan(name: str) -> None:
+def test_ema_scan(dtype: str, name: str) -> None:
     from schedules.ema_scan.naive import EmaScanSpec
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import ema_case
 
-    check(stored_in_half(ema_case(rng(), EmaScanSpec(*SCANS[name])), wide=[1]), name)
+    check(stored_in_half(dtype, ema_case(rng(dtype), EmaScanSpec(*SCANS[name])), wide=[1]), name)
 
 
 @pytest.mark.parametrize("name", SCANS_DENSE)
+@BOTH
 @on_every_device
-def test_ema_scan_dense(name: str) -> None:
+def test_ema_scan_dense(dtype: str, name: str) -> None:
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec
     from tests.cuda.fused_cases import scan_dense_case
     from tests.cuda.harness import check, stored_in_half
 
-    case = scan_dense_case(rng(), EmaScanDenseSpec(*SCANS_DENSE[name]))
-    check(stored_in_half(case, wide=[1, 3]), name)
+    case = scan_dense_case(rng(dtype), EmaScanDenseSpec(*SCANS_DENSE[name]))
+    check(stored_in_half(dtype, case, wide=[1, 3]), name)
 
 
 @pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 @pytest.mark.parametrize("name", ATTENTIONS)
+@BOTH
 @on_every_device
-def test_attention(name: str, laplace: bool) -> None:
+def test_attention(dtype: str, name: str, laplace: bool) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import attention_case, attention_spec
 
     *sizes, options = ATTENTIONS[name]
-    check(stored_in_half(attention_case(rng(), attention_spec(laplace, *sizes, **options))), name)
+    check(
+        stored_in_half(
+            dtype, attention_case(rng(dtype), attention_spec(laplace, *sizes, **options))
+        ),
+        name,
+    )
 
 
 @pytest.mark.parametrize("name", TILES)
+@BOTH
 @on_every_device
-def test_attention_in_tiles(name: str) -> None:
+def test_attention_in_tiles(dtype: str, name: str) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import attention_case, attention_spec
 
     *sizes, block_q, columns = TILES[name]
-    case = stored_in_half(attention_case(rng(), attention_spec(False, 1, *sizes)))
+    case = stored_in_half(dtype, attention_case(rng(dtype), attention_spec(False, 1, *sizes)))
     check(case, name, orders=(1, 2), block_q=block_q, columns=columns)
 
 
 @pytest.mark.parametrize("tile", [0, 7, -1], ids=["smallest", "middle", "largest"])
+@BOTH
 @on_every_device
-def test_dense_in_tiles(tile: int) -> None:
+def test_dense_in_tiles(dtype: str, tile: int) -> None:
     from schedules.dense.cuda_mma import mma_tiles
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import dense_case
 
     index = tile % len(mma_tiles())
-    case = stored_in_half(dense_case(rng(), DenseSpec((130,), 104, 70, residual=True)), wide=[2])
+    case = stored_in_half(
+        dtype, dense_case(rng(dtype), DenseSpec((130,), 104, 70, residual=True)), wide=[2]
+    )
     check(case, str(mma_tiles()[index]), orders=(2,), tile=index)
