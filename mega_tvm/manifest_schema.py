@@ -29,11 +29,6 @@ ITEM_SIZES = {
 _MAX_DIMENSIONS = 32  # NumPy 1's
 
 
-def array_type(dtype: str) -> str:
-    """Return NumPy's type for a tensor's elements: it has no bfloat16, whose bits are uint16."""
-    return "uint16" if dtype == "bfloat16" else dtype
-
-
 class Field:
     """What a manifest's field must be.
 

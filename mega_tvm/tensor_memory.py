@@ -13,7 +13,7 @@ import tvm_ffi
 
 from mega_tvm.artifact_format import read_tensors
 from mega_tvm.inputs import aligned_empty
-from mega_tvm.manifest_schema import ALIGNMENT, array_type
+from mega_tvm.manifest_schema import ALIGNMENT
 
 _HUGE_PAGE = 2 << 20
 # mmap's default is shared memory, which is seldom on huge pages.
@@ -34,6 +34,11 @@ class Tensors:
 
     block: tvm_ffi.Tensor
     views: tvm_ffi.Array
+
+
+def array_type(dtype: str) -> str:
+    """Return NumPy's type for a tensor's elements: it has no bfloat16, whose bits are uint16."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tensors:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.errors import IncompatibleArtifactError, MegaError
-from mega_tvm.manifest_schema import array_type
+from mega_tvm.tensor_memory import array_type
 
 from .archs import runs_on
 from .nvidia_files import CUDART, DRIVER, RUNTIME, load_shared

@@ -1,6 +1,7 @@
 """Softmax attention for GPUs on tensor cores: tensors of a half type, flash style, one pass.
 
-It takes O(T) memory. A block of 4 warps computes ``block_q`` queries and ``columns`` columns of values.
+It takes O(T) memory. A block of 4 warps computes ``block_q`` queries and ``columns`` columns of
+values.
 
 1. For each tile of 64 keys the warps share the keys: a warp has the scores of 16. Operands come
    through shared memory in steps, as `cuda_attention_copies` says. One barrier a step.
@@ -55,10 +56,14 @@ _FMA = 1024  # a multiprocessor's tensor cores, a cycle
 
 def sample_mma_tiles(sch: Schedule, spec: AttentionSpec) -> None:
     """Sample ``block_q`` and ``columns``."""
-    choices = [(q, c) for q in BLOCK_Q for c in COLUMNS if c == 64 or c / 2 < spec.value_width]
-    best = min(choices, key=lambda qc: estimated_cycles(spec, *qc))
+    best = min(mma_tiles(spec), key=lambda qc: estimated_cycles(spec, *qc))
     decisions.sample(sch, "block_q", BLOCK_Q, best[0])
     decisions.sample(sch, "columns", COLUMNS, best[1])
+
+
+def mma_tiles(spec: AttentionSpec) -> list[tuple[int, int]]:
+    """Return the tiles that a default is chosen from: ``block_q`` and ``columns``."""
+    return [(q, c) for q in BLOCK_Q for c in COLUMNS if c == 64 or c / 2 < spec.value_width]
 
 
 def estimated_cycles(spec: AttentionSpec, block_q: int, columns: int) -> float:
@@ -84,7 +89,7 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int], dtype: str) ->
     `stored_as` has made all tensors ``dtype``.
     """
     B, Q, K = known((spec.batch, spec.q_len, spec.k_len))
-    W, V, scale = spec.width, spec.value_width, spec.scale
+    V, scale = spec.value_width, spec.scale
     BQ, BV = chosen["block_q"], chosen["columns"]
     R = BQ // PIECE  # fragments of rows, of each warp
     NJ = BV // (WARPS * PIECE)  # pieces of 16 columns of a warp

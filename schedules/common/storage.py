@@ -1,7 +1,7 @@
 """Tensors of another type than the arithmetic: loads are widened to float32, stores are rounded.
 
-A kernel is written once, in float32. `stored_as` gives the same kernel on tensors of, say, bfloat16:
-sums, states, statistics and weights of an attention stay float32 registers.
+A kernel is written once, in float32. `stored_as` gives the same kernel on tensors of, say,
+bfloat16: sums, states, statistics and weights of an attention stay float32 registers.
 """
 
 from __future__ import annotations

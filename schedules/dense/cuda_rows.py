@@ -1,9 +1,9 @@
 """A dense kernel for GPUs for few rows: as fast as the weights arrive.
 
 A block computes one narrow panel for all rows. Its threads split k between them: at each step they
-fetch a run of the panel in 16-byte pieces, and each keeps their 4 columns (8 of a half type) of partial
-sums of every row.
-Partial sums meet in two steps: in a warp by shuffles, between warps in shared memory.
+fetch a run of the panel in 16-byte pieces, and each keeps their 4 columns (8 of a half type) of
+partial sums of every row. Partial sums meet in two steps: in a warp by shuffles, between warps in
+shared memory.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ half of it goes where scores are split over more threads, which a measurement ma
 it. At
 T = 4096: 8.6 GFLOP, 128 blocks of 32 queries by 256 columns, 1.2 ms at half of 19.5 TFLOP/s.
 
-For half types (`cuda_attention_mma`), estimated on an A100 at 1.41 GHz: T = 60, B = 1, 16 blocks of 16
-queries by 64 columns, 12 steps: 1.7 us, all latency; B = 32, 128 blocks by 256 columns: 1.8 us;
+For half types (`cuda_attention_mma`), estimated on an A100 at 1.41 GHz: T = 60, B = 1, 16 blocks of
+16 queries by 64 columns, 12 steps: 1.7 us, all latency; B = 32, 128 blocks by 256 columns: 1.8 us;
 T = 4096, 128 blocks of 32 queries by 256 columns: 0.14 ms of waiting at steps, beside 0.12 ms of
 traffic from L2 and 0.09 ms of products, all pairs counted; causal blocks skip half of them.
 """

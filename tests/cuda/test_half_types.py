@@ -67,6 +67,47 @@ def rng(dtype: str):
     return Rounded()
 
 
+@BOTH
+@on_every_device
+def test_rounding_is_to_nearest_even(dtype: str) -> None:
+    """Both ways of rounding, one by one and in pairs, as ml_dtypes and NumPy round."""
+    import ml_dtypes  # noqa: F401 (tells NumPy of bfloat16)
+    from tvm.script import tirx as T
+
+    from schedules.common.kernel import ScheduledKernel
+    from schedules.common.storage import stored_as
+    from tests.cuda.harness import Kernel
+
+    largest = np.finfo(np.float16).max
+    ends = [largest, 65519, 65520, 3.3961776e38, 3.39e38, 6e-8, 2e-40, np.inf, np.nan, 0]
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 100, np.uint32)
+    # Halfway between two halves, and a little to each side of it.
+    ties = (bits >> 16 << 16 | 0x8000) + np.array([[0], [1], [-1]], np.int64)
+    found = np.concatenate([bits, ties.ravel().astype(np.uint32)]).view(np.float32)
+    steps = 1 + np.arange(64, dtype=np.float32) * np.float32(2**-11)  # ties of float16
+    x = np.concatenate([found, steps, -steps, np.array([*ends, *(-v for v in ends)], np.float32)])
+    count = x.size // 2 * 2
+    x = x[:count]
+
+    @T.prim_func(s_tir=True, private=True)
+    def rounds(x: T.Buffer((count,), "float32"), y: T.Buffer((2, count), "float32")):
+        for i in T.thread_binding(count // 2, thread="blockIdx.x"):
+            for t in T.thread_binding(2, thread="threadIdx.x"):
+                y[0, i * 2 + t] = x[i * 2 + t]
+                if t == 0:
+                    T.call_extern(
+                        "void", "mega_store_pair", y.data, count + i * 2, x[i * 2], x[i * 2 + 1]
+                    )
+
+    kernel = Kernel(ScheduledKernel(stored_as(rounds, ["float32", dtype])))
+    out, reports = kernel([x], (2, count))
+    assert not reports, reports
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = x.astype(np.dtype(dtype)).astype(np.float32)
+    for row in out:
+        np.testing.assert_array_equal(row, expected)
+
+
 @pytest.mark.parametrize("name", DENSE)
 @BOTH
 @on_every_device

@@ -204,12 +204,15 @@ def test_a_library_without_gpu_code() -> None:
 
 @needs_nvcc
 @needs_tools
-def test_inspect_kernels(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inspect_kernels(dtype, tmp_path, capsys) -> None:
     """A whole library, compiled with no GPU driver in the process."""
     from mega_tvm.compiler import compile_model
     from tests.compiler.models import mega
 
-    path = compile_model(mega(seq_len=9), target="cuda-sm_80", output=tmp_path / "model.so")
+    path = compile_model(
+        mega(seq_len=9), target="cuda-sm_80", dtype=dtype, output=tmp_path / "model.so"
+    )
     assert inspect_main([str(path), "--kernels", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {kernel["arch"] for kernel in report["kernels"]} == {"sm_80"}
@@ -217,10 +220,12 @@ def test_inspect_kernels(tmp_path, capsys) -> None:
     launches = {launch["name"] for k in manifest["kernels"] for launch in k["launches"]}
     assert {kernel["name"] for kernel in report["kernels"]} == launches
     assert all(kernel["local_memory_instructions"] == 0 for kernel in report["kernels"])
+    assert any(kernel["tensor_core"] for kernel in report["kernels"]) == (dtype == "bfloat16")
     assert inspect_main([str(path), "--kernels"]) == 0
     assert "occupancy" in capsys.readouterr().out
     assert inspect_main([str(path), "--estimate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["dtype"] == dtype
     assert {k["name"] for k in found["kernels"]} == {k["name"] for k in manifest["kernels"]}
     assert all(us > 0 for kernel in found["kernels"] for us in kernel["us"])
     assert all(a100 > h100 for a100, h100 in found["total_us"].values())

@@ -71,6 +71,21 @@ INDICES = {
         "outside tolerance",
     ),
     "a_key_too_many": ("mma_attention", r" <= ", " <= 1 + ", 9, "outside tolerance"),
+    # Of the other half type; products of bfloat16 taken for float16 are nearly 0.
+    **{
+        f"{what}_of_float16": (
+            kernel,
+            f"mega_{call}_bfloat16",
+            f"mega_{call}_float16",
+            0,
+            "outside",
+        )
+        for what, kernel, call in (
+            ("a_product", "mma_bfloat16", "mma"),
+            ("a_normalized_fragment", "mma_bfloat16", "normalize"),
+            ("scores", "mma_attention_bfloat16", "mma"),
+        )
+    },
     "a_row_too_many_copied": ("mma", r"< 59\)", "< 60)", 0, "out of bounds"),
     "not_quite_causal": ("attention", r" <= ", " < ", 0, ""),
 }
