@@ -18,7 +18,7 @@ from reference import MegaConfig
 from reference.config import ConfigError
 
 from .console import console, print_settings, run_command
-from .dtypes import check_dtype
+from .dtypes import FLOAT32, check_dtype
 from .errors import CompileError
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
     )
+    add(
+        "--dtype",
+        default=FLOAT32,
+        metavar="NAME",
+        help="type of weights and activations: float32 (default); float16 or bfloat16 on GPUs",
+    )
 
 
 def add_unstated_options(parser: argparse.ArgumentParser) -> None:
@@ -131,11 +137,6 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         "--no-stream",
         action="store_true",
         help="leave out the code of streams, which are fed frame by frame",
-    )
-    add(
-        "--dtype",
-        default="float32",
-        help="type of weights and activations: float32 (default); float16 or bfloat16 on GPUs",
     )
     add(
         "--tuning-log",
