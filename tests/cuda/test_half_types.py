@@ -34,6 +34,7 @@ SCANS_DENSE = {
 }
 # batch, queries, keys, width, width of values, options
 ATTENTIONS = {
+    "B3-T1-W17": (3, 1, 1, 17, None, {}),
     "B1-T7-W40": (1, 7, 7, 40, None, {}),
     "B2-T59-W13": (2, 59, 59, 13, None, {"merged": True}),
     "B1-T65-W24-V72-ungated": (1, 65, 65, 24, 72, {"gate": False}),
@@ -44,6 +45,7 @@ ATTENTIONS = {
 TILES = {
     "Q150-W72-V200-16x256": (150, 150, 72, 200, 16, 256),
     "Q40-K203-W40-V72-32x64": (40, 203, 40, 72, 32, 64),
+    "Q257-K257-W40-V24-32x64": (257, 257, 40, 24, 32, 64),
     "Q70-K130-W33-V130-64x128": (70, 130, 33, 130, 64, 128),
 }
 
