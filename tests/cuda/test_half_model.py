@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from schedules.common.half_types import HALF_TYPES
 from tests.cuda.devices import on_every_device
+from tests.cuda.emulator.worker import in_emulator
 
 BOTH = pytest.mark.parametrize("dtype", HALF_TYPES)
 CASES = [
@@ -91,11 +89,28 @@ def test_cpus_refuse_it_before_they_work(dtype, tmp_path, capsys) -> None:
     assert not output.exists()
 
 
-def test_loading_needs_no_ml_dtypes() -> None:
+@in_emulator
+def test_running_needs_no_ml_dtypes(tmp_path) -> None:
     """What runs a model is NumPy and TVM's runtime alone, and knows a bfloat16 by its bits."""
+    import os
+    import subprocess
+    import sys
+
+    import numpy as np
+
+    from mega_tvm.tolerances import assert_parity
+    from tests.cuda.emulator.environment import emulated
+    from tests.cuda.models import compiled
+
+    path, golden, _ = compiled("odd", "bfloat16")
+    np.save(tmp_path / "x.npy", golden.x)
     script = (
         "import sys; sys.modules['ml_dtypes'] = None\n"
-        "import mega_tvm.cuda.model\n"
-        "assert 'tvm' not in sys.modules"
+        "import mega_tvm, numpy as np\n"
+        "path, folder = sys.argv[1:]\n"
+        "np.save(folder + '/y.npy', mega_tvm.load(path)(np.load(folder + '/x.npy')))\n"
+        "assert 'tvm' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    command = [sys.executable, "-c", script, str(path), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, **emulated(tmp_path / "cuda")})
+    assert_parity(np.load(tmp_path / "y.npy"), golden.y, "bfloat16")
