@@ -75,7 +75,7 @@ class Kernel:
         return out.numpy().astype(np.float32), reports
 
 
-def stored_in_half(dtype: str, case: Case, wide: Sequence[int] = ()) -> Case:
+def stored_in_half(case: Case, wide: Sequence[int] = (), dtype: str = "float16") -> Case:
     """Return a case on tensors of a half type; the inputs at ``wide`` stay float32."""
     count = len(case.inputs)
     dtypes = ["float32" if i in wide else dtype for i in range(count + 1)]

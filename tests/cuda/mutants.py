@@ -33,16 +33,16 @@ def case_of(kernel: str) -> tuple[Case, dict[str, int]]:
         ),
         "attention": lambda: attention_case(rng, attention_spec(False, 1, 70, 70, 40)),
         "mma": lambda: stored_in_half(
-            "float16", dense_case(rng, DenseSpec((59,), 200, 34, residual=True)), wide=[2]
+            dense_case(rng, DenseSpec((59,), 200, 34, residual=True)), wide=[2]
         ),
         "mma_bfloat16": lambda: stored_in_half(
-            "bfloat16", normed_case(rng, NormedDenseSpec((59,), 72, 34)), wide=[2]
+            normed_case(rng, NormedDenseSpec((59,), 72, 34)), wide=[2], dtype="bfloat16"
         ),
         "mma_attention_bfloat16": lambda: stored_in_half(
-            "bfloat16", attention_case(rng, attention_spec(False, 1, 70, 150, 72))
+            attention_case(rng, attention_spec(False, 1, 70, 150, 72)), dtype="bfloat16"
         ),
         "mma_attention": lambda: stored_in_half(
-            "float16", attention_case(rng, attention_spec(False, 1, 70, 150, 72))
+            attention_case(rng, attention_spec(False, 1, 70, 150, 72))
         ),
         "row": lambda: attention_case(rng, attention_spec(False, 1, 1, 300, 40)),
     }[kernel]()

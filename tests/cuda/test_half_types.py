@@ -119,7 +119,9 @@ def test_dense(dtype: str, name: str) -> None:
 
     lead, k, n, options = DENSE[name]
     check(
-        stored_in_half(dtype, dense_case(rng(dtype), DenseSpec(lead, k, n, **options)), wide=[2]),
+        stored_in_half(
+            dense_case(rng(dtype), DenseSpec(lead, k, n, **options)), wide=[2], dtype=dtype
+        ),
         name,
     )
 
@@ -134,7 +136,7 @@ def test_normed_dense(dtype: str, name: str) -> None:
 
     lead, k, n, options = NORMED[name]
     case = normed_case(rng(dtype), NormedDenseSpec(lead, k, n, **options))
-    check(stored_in_half(dtype, case, wide=[2]), name)
+    check(stored_in_half(case, wide=[2], dtype=dtype), name)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -148,7 +150,7 @@ def test_layer_norm(dtype: str, name: str) -> None:
     lead, n, options = NORMS[name]
     x = rng(dtype).standard_normal((*lead, n))
     case = layer_norm_case(LayerNormSpec(lead, n, 1e-5, **options), x, rng(dtype))
-    check(stored_in_half(dtype, case, wide=[1, 2] if len(case.inputs) > 1 else []), name)
+    check(stored_in_half(case, wide=[1, 2] if len(case.inputs) > 1 else [], dtype=dtype), name)
 
 
 @pytest.mark.parametrize("name", SCANS)
@@ -159,7 +161,9 @@ def test_ema_scan(dtype: str, name: str) -> None:
     from tests.cuda.harness import check, stored_in_half
     from tests.schedules.cases import ema_case
 
-    check(stored_in_half(dtype, ema_case(rng(dtype), EmaScanSpec(*SCANS[name])), wide=[1]), name)
+    check(
+        stored_in_half(ema_case(rng(dtype), EmaScanSpec(*SCANS[name])), wide=[1], dtype=dtype), name
+    )
 
 
 @pytest.mark.parametrize("name", SCANS_DENSE)
@@ -171,7 +175,7 @@ def test_ema_scan_dense(dtype: str, name: str) -> None:
     from tests.cuda.harness import check, stored_in_half
 
     case = scan_dense_case(rng(dtype), EmaScanDenseSpec(*SCANS_DENSE[name]))
-    check(stored_in_half(dtype, case, wide=[1, 3]), name)
+    check(stored_in_half(case, wide=[1, 3], dtype=dtype), name)
 
 
 @pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
@@ -199,7 +203,7 @@ def test_attention_in_tiles(dtype: str, name: str) -> None:
     from tests.schedules.cases import attention_case, attention_spec
 
     *sizes, block_q, columns = TILES[name]
-    case = stored_in_half(dtype, attention_case(rng(dtype), attention_spec(False, 1, *sizes)))
+    case = stored_in_half(attention_case(rng(dtype), attention_spec(False, 1, *sizes)), dtype=dtype)
     check(case, name, orders=(1, 2), block_q=block_q, columns=columns)
 
 
