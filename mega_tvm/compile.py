@@ -71,11 +71,6 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         help="leave out the code of streams, which are fed frame by frame",
     )
     add(
-        "--dtype",
-        default="float32",
-        help="type of weights and activations: float32 (default); float16 on GPUs",
-    )
-    add(
         "--tuning-log",
         type=Path,
         metavar="DIR",

@@ -83,8 +83,9 @@ def compile_model(
         Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
         that mixes timesteps; all on a GPU) are compiled without; the manifest says why.
     dtype : str
-        Type of weights and of what kernels hand on: ``float32``; on GPUs also ``float16``. Sums,
-        states, statistics, and the input and output of a call are float32 always.
+        Type of weights and of what kernels hand on: ``float32``; on GPUs also ``float16`` and
+        ``bfloat16``. Sums, states, statistics, and the input and output of a call are float32
+        always.
     output : path-like
         Where the library goes; ``OUT.json`` goes beside it.
     options : mapping, optional

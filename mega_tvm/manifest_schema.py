@@ -10,7 +10,7 @@ from typing import Any
 # Tensors lie at multiples of it, in the file and in memory, since kernels read whole vectors.
 ALIGNMENT = 64
 
-# Bytes of an element, by NumPy's name of the type.
+# Bytes of an element, by the name of its type: NumPy's, and ml_dtypes' of bfloat16.
 ITEM_SIZES = {
     "bool": 1,
     "int8": 1,
@@ -18,6 +18,7 @@ ITEM_SIZES = {
     "int16": 2,
     "uint16": 2,
     "float16": 2,
+    "bfloat16": 2,
     "int32": 4,
     "uint32": 4,
     "float32": 4,

@@ -108,6 +108,12 @@ class Compiled:
         return result
 
 
+def passes_of(target: CpuTarget | CudaTarget, dtype: str) -> tuple[tvm.transform.Pass, ...]:
+    """Return the passes of the graph phase for a target and a type of weights and activations."""
+    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+    return passes if dtype == FLOAT32 else (*passes, narrow_tensors(dtype))
+
+
 def run_pipeline(
     mod: tvm.IRModule,
     target: CpuTarget | CudaTarget,
@@ -164,9 +170,7 @@ def run_pipeline(
     if debug_dump is not None:
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
-        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
-        if dtype != FLOAT32:
-            passes = (*passes, narrow_tensors(dtype))
+        passes = passes_of(target, dtype)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))

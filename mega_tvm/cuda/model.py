@@ -43,7 +43,11 @@ class CudaModel(Model):
         self._device = device
         self._turn = threading.Lock()
         self._machine = _machine(module)
-        uploaded = [device.upload(np.from_dlpack(view)) for view in tensors.views]
+        items = manifest["tensors"]["items"]
+        uploaded = [
+            device.upload(np.from_dlpack(view), item["dtype"])
+            for view, item in zip(tensors.views, items, strict=True)
+        ]
         on_device = Tensors(tensors.block, tvm_ffi.Array(uploaded))
         super().__init__(path, manifest, module, on_device, library, num_threads)
         self._cuda_graph = cuda_graph and bool(manifest["target"].get("cuda_graph"))
