@@ -27,7 +27,7 @@ from mega_tvm.errors import InputError
 from mega_tvm.inputs import aligned_empty, as_frames, positive
 
 if TYPE_CHECKING:
-    from mega_tvm.runtime import Model
+    from mega_tvm.model import Model
 
 Array = npt.NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import tvm_ffi
 from mega_tvm.entries import Entry
 from mega_tvm.errors import DamagedArtifactError, InputError
 from mega_tvm.inputs import CPU, as_array, as_output, check_values
-from mega_tvm.runtime import POOLED, Model
+from mega_tvm.model import POOLED, Model
 from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.tensor_memory import Tensors
 
