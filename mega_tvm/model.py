@@ -65,13 +65,13 @@ class Model:
         )
         block = tensors.block
         self._runners = {
-            entry.input_shape: EntryRunner(entry, self._function(entry.name), block)
+            entry.input_shape: EntryRunner(entry, self.function(entry.name), block)
             for entry in self._entries
         }
         symbolic = map(SymbolicEntry.of, manifest.get("symbolic_entries", []))
         # Each with its function, and the frames that all its shapes share.
         self._symbolic: tuple[tuple[SymbolicEntry, Any, list[Frame]], ...] = tuple(
-            (entry, self._function(entry.name), []) for entry in symbolic
+            (entry, self.function(entry.name), []) for entry in symbolic
         )
 
     @property
@@ -276,7 +276,8 @@ class Model:
         if status != 0:
             raise MegaError(f"{self._path}: a kernel of {name} failed: out of memory")
 
-    def _function(self, name: str) -> Any:
+    def function(self, name: str) -> Any:
+        """Return a compiled function of the library."""
         try:
             return self._module.get_function(f"{name}__run", query_imports=True)
         except AttributeError as error:

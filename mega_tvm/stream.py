@@ -274,7 +274,7 @@ def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> 
     if reason := description.get("left_out"):
         raise StreamUnsupportedError(f"this model cannot stream: {reason}")
     entry = StreamEntry.from_manifest(description)
-    run = model._function(entry.name)
+    run = model.function(entry.name)
     if max_len is None:
         max_len = max(e["seq_len"] for e in model.metadata["entries"])
     try:
