@@ -40,13 +40,14 @@ class Window:
     ----------
     model : Model
     entry : Entry
-        What a full run uses.
+        What a full run uses; an attribute too.
     saving : WindowEntry or None
         What runs the window from the rows that frames keep; without, each push is a full run.
     """
 
     def __init__(self, model: Model, entry: Entry, saving: WindowEntry | None) -> None:
         self._model = model
+        self.entry = entry
         self._shape = entry.input_shape
         self._output_shape = entry.output_shape
         self._saving = saving

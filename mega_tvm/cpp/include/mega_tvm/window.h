@@ -180,27 +180,34 @@ class Window {
 
   // Computes what the frames since the last run keep.
   void keep_rows() {
-    const std::int64_t batch = entry_.input_shape[0], length = entry_.input_shape[1];
+    if (new_ != prepared_) prepare();
     const std::int64_t width = entry_.input_shape[2];
-    x_.resize({batch, new_, width});
-    for (std::int64_t i = 0; i < batch; ++i) {
-      const float* end = frames_->floats() + (i + 1) * length * width;
+    for (std::int64_t i = 0; i < entry_.input_shape[0]; ++i) {
+      const float* end = frames_->floats() + (i + 1) * entry_.input_shape[1] * width;
       std::copy(end - new_ * width, end, x_.floats() + i * new_ * width);
-    }
-    frame_memory_.resize(exact(frame_workspace_, {{"batch", batch}, {"seq_len", new_}}));
-    arguments_ = {x_.tensor(), model_.tensors_->tensor(), frame_memory_.tensor()};
-    for (std::size_t i = 0; i < found_.size(); ++i) {
-      found_[i]->resize({batch, new_, widths_[i]});
-      arguments_.push_back(found_[i]->tensor());
     }
     model_.call(frame_rows_, arguments_.data(), static_cast<int>(arguments_.size()));
     for (std::size_t i = 0; i < found_.size(); ++i) rows_[i]->append(found_[i]->floats(), new_);
     new_ = 0;
   }
 
+  // Makes room for as many frames: nearly always for one, as the time before.
+  void prepare() {
+    const std::int64_t batch = entry_.input_shape[0];
+    x_.resize({batch, new_, entry_.input_shape[2]});
+    frame_memory_.resize(exact(frame_workspace_, {{"batch", batch}, {"seq_len", new_}}));
+    arguments_ = {x_.tensor(), model_.tensors_->tensor(), frame_memory_.tensor()};
+    for (std::size_t i = 0; i < found_.size(); ++i) {
+      found_[i]->resize({batch, new_, widths_[i]});
+      arguments_.push_back(found_[i]->tensor());
+    }
+    prepared_ = new_;
+  }
+
   Model& model_;
   Entry entry_;
-  std::int64_t length_ = 0, new_ = 0;  // frames; new_: since rows were last kept
+  std::int64_t length_ = 0;
+  std::int64_t new_ = 0, prepared_ = 0;  // frames since rows were last kept; that there is room for
   std::unique_ptr<SlidingRows> frames_;
   tvm::ffi::Function frame_rows_, rest_;
   Workspace frame_workspace_;
