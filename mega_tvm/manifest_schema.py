@@ -138,7 +138,6 @@ _WINDOW = Field(
         "name": Field(str, pattern=r".+"),
         "input_width": Field(int),
         "widths": Field(list, items=Field(int)),
-        "reads_frames": Field(int, least=0),
         "workspace": Field(dict),
         "entries": Field(dict),
     },

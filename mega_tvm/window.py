@@ -6,10 +6,11 @@
 The output is that of a full run on the frames in the window, to the bit. Unlike a stream's, it does
 not depend on older frames.
 
-What is saved. As the window slides, a frame keeps its row of the input projection and, in the first
-block, of the layer norm and of the projection of the moving average: each is computed once, when
-the frame comes. All else changes: the moving average starts at zero at the window's start, so that
-its states differ at every frame, and with them all that follows.
+What is saved. As the window slides, a frame keeps its row of the input projection, which is
+computed once, when the frame comes. In the first block the rows of the layer norm and of the
+projection of the moving average do not change either, but are computed anew, lest bits differ: see
+`mega_tvm.passes.split_window`. All else changes: the moving average starts at zero at the window's
+start, so that its states differ at every frame, and with them all that follows.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ class Window:
         self._output_shape = entry.output_shape
         self._saving = saving
         batch, seq_len, width = entry.input_shape
-        read = saving is None or saving.reads_frames
-        self._frames = SlidingRows(batch, seq_len, width, for_kernels=read)
+        self._frames = SlidingRows(batch, seq_len, width, for_kernels=saving is None)
         self._length = 0
         self._new = 0  # frames since the last run that saved rows
 

@@ -39,7 +39,6 @@ class WindowEntry:
         self._names = description["name"], rest["name"]
         self._frame_rows, self._rest = (model.function(name) for name in self._names)
         self._frame_workspace = description["workspace"]
-        self.reads_frames = bool(description["reads_frames"])
         self._rows = [
             SlidingRows(batch, length, row, for_kernels=True) for row in description["widths"]
         ]
@@ -65,8 +64,7 @@ class WindowEntry:
         self._model.run_function(self._names[0], self._frame_rows, arguments)
         for rows, found in zip(self._rows, memory[1:], strict=True):
             rows.append(found)
-        read = [frames, *self._rows] if self.reads_frames else self._rows
-        arguments = (*(rows.tensor for rows in read), *self._last)
+        arguments = (*(rows.tensor for rows in self._rows), *self._last)
         self._model.run_function(self._names[1], self._rest, arguments)
         return self._y
 

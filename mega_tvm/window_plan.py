@@ -87,7 +87,6 @@ def describe_windows(
         "name": FRAME_ROWS,
         "input_width": width,
         "widths": list(split.widths),
-        "reads_frames": int(split.reads_frames),
         "workspace": compiled.workspaces[FRAME_ROWS],
         "entries": entries,
     }
@@ -105,8 +104,7 @@ def _is_full_run(
         shapes = [(batch, end - start, row) for row in split.widths]
         pieces.append(_run(compiled, FRAME_ROWS, [x[:, start:end]], shapes))
     rows = [np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True)]
-    arrays = [x, *rows] if split.reads_frames else rows
-    (found,) = _run(compiled, split.entries[entry], arrays, [output])
+    (found,) = _run(compiled, split.entries[entry], rows, [output])
     return np.array_equal(found, compiled.run(entry, x, output))
 
 

@@ -19,21 +19,27 @@ def _split(*modules: torch.nn.Module, off=(), shapes=((2, 5, EMBED),) * 2) -> tv
     return graph_phase(tvm.IRModule(functions), off)
 
 
-def test_a_mega_keeps_its_projection_and_that_of_the_moving_average() -> None:
+def test_a_mega_keeps_its_input_projection() -> None:
     mod = _split(random_mega())
     split = split_of(mod)
-    assert (split.widths, split.reads_frames) == ((40, 3), False)
+    assert split.widths == (40,)
     assert split.entries == {"main0": "main0_window"}
     rows, rest, whole = (Graph(mod[name]) for name in (FRAME_ROWS, "main0_window", "main0"))
-    assert (rows.count("mega.dense"), rows.count("mega.layer_norm")) == (2, 1)
+    assert rows.names == ["mega.dense"]
     for op in ("mega.dense", "mega.layer_norm", "mega.attention", "mega.ema_scan"):
         assert rows.count(op) + rest.count(op) == whole.count(op) > 0
     assert dims_of(mod[FRAME_ROWS].params[0].ty.shape) == ("batch", "seq_len", EMBED)
 
 
-def test_without_an_input_projection_the_frames_are_read() -> None:
-    split = split_of(_split(random_mega(embed_dim=40), shapes=((2, 5, 40),)))
-    assert (split.widths, split.reads_frames) == ((3,), True)
+def test_without_an_input_projection_nothing_is_kept() -> None:
+    assert split_of(_split(random_mega(embed_dim=40), shapes=((2, 5, 40),))) is None
+
+
+def test_two_projections_are_kept_both() -> None:
+    module = Around(lambda s, x: s.a(x) + s.b(x), a=random_mega(), b=random_mega(seed=3))
+    mod = _split(module)
+    assert split_of(mod).widths == (40, 40)
+    assert Graph(mod[FRAME_ROWS]).count("mega.dense") == 2
 
 
 def test_entries_of_all_shapes_share_what_frames_keep() -> None:
@@ -48,14 +54,14 @@ def test_entries_that_keep_other_rows_get_no_window() -> None:
 
 def test_with_rewrites_switched_off() -> None:
     mod = _split(random_mega(), off=["fold_layer_norm", "prune_last_timestep", "fuse_residual"])
-    assert split_of(mod).widths == (40, 3)
+    assert split_of(mod).widths == (40,)
 
 
 def test_layers_ahead_of_the_mega_belong_to_the_frames() -> None:
     layers = torch.nn.Sequential(linear(EMBED, 24), torch.nn.SiLU(), random_mega(embed_dim=24))
     mod = _split(layers)
-    assert split_of(mod).widths == (40, 3)
-    assert Graph(mod[FRAME_ROWS]).count("mega.dense") == 3
+    assert split_of(mod).widths == (40,)
+    assert Graph(mod[FRAME_ROWS]).count("mega.dense") == 2
 
 
 def test_what_mixes_timesteps_or_rows_keeps_nothing() -> None:

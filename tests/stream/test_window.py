@@ -14,6 +14,7 @@ from mega_tvm.errors import InputError, MegaError
 from mega_tvm.sliding_rows import SlidingRows
 from mega_tvm.thread_pool import available_cpus
 from mega_tvm.window import Window
+from tests.passes.harness import Around, random_mega
 from tests.runtime.builders import join, split
 
 
@@ -23,11 +24,25 @@ def frames(batch: int, n: int, width: int = 13) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def every_case(tmp_path_factory):
-    """Without an input projection, not causal, rows of whole cache lines, any shape."""
+    """Rows of whole cache lines, and any shape."""
     return mega_tvm.compile_model(
-        MegaConfig(16, hidden_size=16, ema_dim=16, num_layers=1, laplace_attention=True),
+        MegaConfig(13, hidden_size=16, ema_dim=3, num_layers=1),
         seq_len=7,
-        output=tmp_path_factory.mktemp("window") / "laplace.so",
+        output=tmp_path_factory.mktemp("window") / "slides.so",
+    )
+
+
+@pytest.fixture(scope="module")
+def two_projections(tmp_path_factory):
+    """Frames that keep two rows; one of the two Megas is not causal."""
+    both = [
+        random_mega(hidden_size=16, num_layers=1, laplace_attention=form) for form in (False, True)
+    ]
+    return mega_tvm.compile_model(
+        Around(lambda s, x: s.a(x) + s.b(x), a=both[0], b=both[1]),
+        input_shape=(2, 7, 13),
+        symbolic=False,
+        output=tmp_path_factory.mktemp("window") / "two.so",
     )
 
 
@@ -51,7 +66,7 @@ def test_windows_of_any_shape(every_case, batch, seq_len, num_threads) -> None:
     model = mega_tvm.load(every_case, num_threads=min(num_threads, available_cpus()))
     window = model.window(batch, seq_len=seq_len)
     every_miss = [*[0] * (seq_len + 9), 1, 2, 0, 0, 5, *[0] * (seq_len // 2), seq_len, 0]
-    x = frames(batch, len(every_miss) + sum(every_miss), 16)
+    x = frames(batch, len(every_miss) + sum(every_miss))
     t = 0
     for missed in every_miss:
         window.fill(x[:, t : t + missed])
@@ -67,11 +82,9 @@ def test_windows_of_any_shape(every_case, batch, seq_len, num_threads) -> None:
 
 def test_what_frames_keep_is_computed_once(subject, every_case) -> None:
     described = subject.model.metadata["window"]
-    assert (described["widths"], described["reads_frames"]) == ([40, 3], 0)
+    assert described["widths"] == [40]
     assert set(described["entries"]) == {"main_b1_t7", "main_b1_t300"}
-    other = mega_tvm.load(every_case).metadata["window"]
-    assert (other["widths"], other["reads_frames"]) == ([16], 1)
-    assert set(other["entries"]) == {"main", "main_symbolic"}
+    assert set(mega_tvm.load(every_case).metadata["window"]["entries"]) == {"main", "main_symbolic"}
 
     window = subject.model.window()
     window.fill(subject.x[:1, :7])
@@ -92,6 +105,17 @@ def test_what_frames_keep_is_computed_once(subject, every_case) -> None:
     )
     window.push(subject.x[:1, 8])
     assert calls == [("frame_rows", (1, 1, 13)), ("main_b1_t7_window", (1, 7, 40))]
+
+
+def test_frames_that_keep_two_rows(two_projections) -> None:
+    model = mega_tvm.load(two_projections)
+    assert model.metadata["window"]["widths"] == [16, 16]
+    assert "not causal" in model.metadata["stream"]["left_out"]
+    window, x = model.window(2), frames(2, 30)
+    window.fill(x[:, :6])
+    for t in range(6, 30):
+        y = window.push(x[:, t])
+        np.testing.assert_array_equal(y, model(x[:, t - 6 : t + 1].copy()))
 
 
 def test_the_same_kernels_serve_windows(subject) -> None:
@@ -187,8 +211,8 @@ def test_sliding_rows(batch, width) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (lambda w: w.update(widths=[41]), "does not take what its manifest says"),
         (lambda w: w.update(widths=[40, 4]), "does not take what its manifest says"),
-        (lambda w: w.update(reads_frames=1), "does not take what its manifest says"),
         (lambda w: w["entries"]["main_b1_t7"].update(name="main_b1_t7"), "does not take what"),
         (lambda w: w["entries"]["main_b1_t7"].update(name="none"), "does not hold"),
         (lambda w: w["entries"]["main_b1_t7"]["workspace"].update(fixed=64), "does not take what"),

@@ -148,7 +148,6 @@ class Window {
     const Workspace workspace = Workspace::of(manifest::object(rest, "workspace"));
     workspace_ = std::make_unique<Buffer>(kUint8, Shape{exact(workspace, sizes)});
     y_ = std::make_unique<Buffer>(kFloat32, manifest::checked(entry_.output_shape));
-    if (manifest::number(window, "reads_frames")) rest_arguments_.push_back(frames_->tensor());
     for (std::int64_t width : manifest::shape(manifest::array(window, "widths"))) {
       widths_.push_back(width);
       rows_.push_back(
