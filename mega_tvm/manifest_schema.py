@@ -133,6 +133,17 @@ _STREAM = Field(
         "workspace": Field(dict),
     },
 )
+_WINDOW = Field(
+    dict,
+    fields={
+        "name": Field(str, pattern=r".+"),
+        "input_width": Field(int),
+        "widths": Field(list, items=Field(int)),
+        "workspace": Field(dict),
+        "entries": Field(dict),
+    },
+)
+_WINDOW_ENTRY = Field(dict, fields={"name": Field(str, pattern=r".+"), "workspace": Field(dict)})
 _SYMBOLIC_ARRAY = Field(
     dict,
     fields={
@@ -222,6 +233,8 @@ def manifest_problem(manifest: object) -> str | None:
         return "entries must not be empty"
     if wrong := _stream_problem(manifest.get("stream")):
         return wrong
+    if wrong := _window_problem(manifest.get("window")):
+        return wrong
     if wrong := _symbolic_problem(manifest.get("symbolic_entries", [])):
         return wrong
     shapes = [tuple(entry["input"]["shape"]) for entry in entries]
@@ -239,11 +252,35 @@ def _stream_problem(stream: object) -> str | None:
     if wrong := _STREAM.problem(stream, "stream"):
         return wrong
     assert isinstance(stream, dict)
-    for region, size in stream["workspace"].items():
-        where = f"stream.workspace.{region}"
+    return _regions_problem(stream["workspace"], "stream.workspace")
+
+
+def _window_problem(window: object) -> str | None:
+    """Return what is wrong with the field about windows, which older files do not have."""
+    if window is None:
+        return None
+    if isinstance(window, dict) and "left_out" in window:
+        return Field(str).problem(window["left_out"], "window.left_out")
+    if wrong := _WINDOW.problem(window, "window"):
+        return wrong
+    assert isinstance(window, dict)
+    if wrong := _regions_problem(window["workspace"], "window.workspace"):
+        return wrong
+    for name, entry in window["entries"].items():
+        where = f"window.entries.{name}"
+        if wrong := _WINDOW_ENTRY.problem(entry, where):
+            return wrong
+        if wrong := _regions_problem(entry["workspace"], f"{where}.workspace"):
+            return wrong
+    return None
+
+
+def _regions_problem(workspace: Mapping[str, object], where: str) -> str | None:
+    """Return what is wrong with bytes of workspace by region."""
+    for region, size in workspace.items():
         if not set(region.split("*")) <= {"batch", "seq_len", "fixed"}:
-            return f"{where} is no product of batch and seq_len"
-        if wrong := Field(int, least=0).problem(size, where):
+            return f"{where}.{region} is no product of batch and seq_len"
+        if wrong := Field(int, least=0).problem(size, f"{where}.{region}"):
             return wrong
     return None
 
