@@ -44,6 +44,7 @@ from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functi
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
+from .passes.fast_products import fast_products as fast_products_pass
 from .symbolic_entry import BATCH, FIXED, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
 from .tuning.lookup import TunedSchedules
@@ -113,6 +114,7 @@ def run_pipeline(
     target: CpuTarget | CudaTarget,
     *,
     dtype: str = FLOAT32,
+    fast_products: bool = False,
     tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
@@ -129,6 +131,8 @@ def run_pipeline(
         A CudaTarget takes entries of known shapes alone, without state.
     dtype : str
         Type of weights and activations: `mega_tvm.dtypes`.
+    fast_products : bool
+        Multiply by Strassen's method where that pays: `mega_tvm.passes.fast_products`. For CPUs.
     tuned : TunedSchedules, optional
         Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
@@ -167,6 +171,8 @@ def run_pipeline(
         passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
         if dtype != FLOAT32:
             passes = (*passes, narrow_tensors(dtype))
+        if fast_products:
+            passes = (*passes, fast_products_pass)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states = states_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))
