@@ -17,15 +17,8 @@ from mega_tvm.passes import fast_products
 from mega_tvm.tolerances import assert_parity
 from tests.compiler.models import golden, mega
 
-# Odd lengths, several batches, both attention forms, rows of nearly equal elements.
-CASES = {
-    "tiny_laplace": "plain",
-    "odd": "plain",
-    "seq1": "plain",
-    "long": "plain",
-    "low_variance": "axon-0.8.0",
-    "low_variance_axon081": "plain",
-}
+# Both attention forms, odd rows, one frame, rows of nearly equal elements.
+CASES = {"tiny_laplace": "plain", "odd": "plain", "seq1": "plain", "low_variance": "axon-0.8.0"}
 
 
 def ops(manifest: dict) -> set[str]:
