@@ -13,11 +13,11 @@ With x and w cut in halves both ways, x11 and x12 being the halves of its even r
    sums of x are formed first, in a workspace: of all rows, or where there are many blocks, of a
    block by the thread that has it.
 2. The grid is (block of pairs, panel), as in the dense kernel, or blocks alone where they are many.
-   A block walks over its register tiles, ``tile_pairs`` pairs by one panel, three times: P1 P2, then
-   P6 P7 P4, then P5 P3. Products that are added run on in the same registers; P1, U2 and U3 alone
-   are stored and fetched again, once a tile, on the stack. In three passes, since a panel's weights
-   and the next one's do not fit in L2 together (k = 688, 64 columns: 616 KB each; of one pass 264
-   KB at most).
+   A block walks over its register tiles, ``tile_pairs`` pairs by one panel, three times: P1 P2,
+   then P6 P7 P4, then P5 P3. Products that are added run on in the same registers; P1, U2 and U3
+   alone are stored and fetched again, once a tile, on the stack. In three passes, since a panel's
+   weights and the next one's do not fit in L2 together (k = 688, 64 columns: 616 KB each; of one
+   pass 264 KB at most).
 3. Meanwhile the next pass's weights are prefetched into L2.
 4. Bias, residual, sigmoid or SwiGLU are applied to each quarter of the output on the way out.
    SwiGLU leaves its gate in y, where the up column meets it in a later pass.
