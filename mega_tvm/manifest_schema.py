@@ -65,7 +65,7 @@ class Field:
         if type(value) not in self.types:  # exact: True is not an int here
             wanted = " or ".join(_JSON_NAMES[t] for t in self.types)
             return f"{where} must be {wanted}, found {_shorten(value)}"
-        if isinstance(value, int) and value < self.least:
+        if type(value) is int and value < self.least:
             return f"{where} must be at least {self.least}, found {_shorten(value)}"
         if isinstance(value, str) and self.pattern and not re.fullmatch(self.pattern, value):
             return f"{where} must match {self.pattern}, found {_shorten(value)}"
@@ -86,6 +86,7 @@ class Field:
 _JSON_NAMES = {
     str: "a string",
     int: "an integer",
+    bool: "true or false",
     list: "a list",
     dict: "an object",
     type(None): "null",
@@ -231,6 +232,9 @@ def manifest_problem(manifest: object) -> str | None:
     entries = manifest["entries"]
     if not entries:
         return "entries must not be empty"
+    # Older files do not have it.
+    if wrong := Field(bool).problem(manifest.get("fast_products", False), "fast_products"):
+        return wrong
     if wrong := _stream_problem(manifest.get("stream")):
         return wrong
     if wrong := _window_problem(manifest.get("window")):

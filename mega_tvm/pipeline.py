@@ -44,6 +44,7 @@ from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functi
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
+from .passes.fast_products import fast_products as fast_products_pass
 from .passes.split_window import WindowSplit, split_of, without_windows
 from .symbolic_entry import BATCH, FIXED, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
@@ -123,6 +124,7 @@ def run_pipeline(
     target: CpuTarget | CudaTarget,
     *,
     dtype: str = FLOAT32,
+    fast_products: bool = False,
     tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
@@ -139,6 +141,8 @@ def run_pipeline(
         A CudaTarget takes entries of known shapes alone, without state.
     dtype : str
         Type of weights and activations: `mega_tvm.dtypes`.
+    fast_products : bool
+        Multiply by Strassen's method where that pays: `mega_tvm.passes.fast_products`. For CPUs.
     tuned : TunedSchedules, optional
         Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
@@ -174,6 +178,11 @@ def run_pipeline(
     if debug_dump is not None:
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
+        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+        if dtype != FLOAT32:
+            passes = (*passes, narrow_tensors(dtype))
+        if fast_products:
+            passes = (*passes, fast_products_pass)
         passes = passes_of(target, dtype)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states, windows = states_of(mod), split_of(mod)

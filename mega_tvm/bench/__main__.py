@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         default=FLOAT32,
         help="type of weights and activations; another than float32 is for --device cuda",
     )
+    add("--fast-products", action="store_true", help="ours compiled with this option")
     add("--rounds", type=_positive, default=15, metavar="N", help="interleaved rounds (15)")
     add("--turn-ms", type=_positive, default=100, metavar="MS", help="a contestant's turn (100)")
     add("--limit", type=_positive, default=120, metavar="S", help="fewer rounds if longer (120)")
@@ -102,6 +103,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         limit_s=options.limit,
         cold=options.cold,
         memory=options.memory,
+        fast_products=options.fast_products,
     )
 
 
@@ -126,7 +128,8 @@ def _run(console: Console, settings: Settings, options: argparse.Namespace) -> i
             value = getattr(options, flag[2:].replace("-", "_"))
             if value is not None and value != p.get_default(flag[2:].replace("-", "_")):
                 command += [flag, str(value)]
-        command += [flag for flag in ("--cold", "--memory") if getattr(options, flag[2:])]
+        flags = ("--cold", "--memory", "--fast-products")
+        command += [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
         return shlex.join(command)
 
     machine = hardware()
