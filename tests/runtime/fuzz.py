@@ -237,10 +237,10 @@ def run_stream(model, width):
     return np.stack([*found, *(stream.step(x[:, t]) for t in range(11, 24))])
 
 
-def run_window(model, batch):
+def run_window(model, shape):
     """Push frames until the window has slid over the end of its memory; return all outputs."""
-    window = model.window(batch)
-    _, seq_len, width = window.entry.input_shape
+    batch, seq_len, width = shape
+    window = model.window(batch, seq_len=seq_len)
     x = random_input((batch, 2 * seq_len + 5, width))
     window.fill(x[:, :seq_len])
     return np.stack([window.push(x[:, t]) for t in range(seq_len, x.shape[1])])
@@ -258,8 +258,9 @@ def probes(model):
     if "name" in (stream := model.metadata.get("stream") or {}):
         calls.append(lambda model: run_stream(model, stream["input_width"]))
     if "name" in (model.metadata.get("window") or {}):
-        for batch in {model.entries[0].input_shape[0], 2 if model.symbolic_entries else 1}:
-            calls.append(lambda model, batch=batch: run_window(model, batch))
+        batch, seq_len, width = model.entries[0].input_shape
+        for shape in [(batch, seq_len, width), (2, 5, width)][: 1 + len(model.symbolic_entries)]:
+            calls.append(lambda model, shape=shape: run_window(model, shape))
     return [(call, call(model)) for call in calls]
 
 
