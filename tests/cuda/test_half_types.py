@@ -190,7 +190,7 @@ def test_attention(dtype: str, name: str, laplace: bool) -> None:
     *sizes, options = ATTENTIONS[name]
     check(
         stored_in_half(
-            dtype, attention_case(rng(dtype), attention_spec(laplace, *sizes, **options))
+            attention_case(rng(dtype), attention_spec(laplace, *sizes, **options)), dtype=dtype
         ),
         name,
     )
@@ -218,6 +218,6 @@ def test_dense_in_tiles(dtype: str, tile: int) -> None:
 
     index = tile % len(mma_tiles())
     case = stored_in_half(
-        dtype, dense_case(rng(dtype), DenseSpec((130,), 104, 70, residual=True)), wide=[2]
+        dense_case(rng(dtype), DenseSpec((130,), 104, 70, residual=True)), wide=[2], dtype=dtype
     )
     check(case, str(mma_tiles()[index]), orders=(2,), tile=index)
