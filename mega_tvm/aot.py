@@ -10,7 +10,8 @@ artifact holds them; intermediates lie in a workspace whose offsets are planned 
 lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
 length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
 the library beside it, for tracing; an entry that carries state, ``run(x, lengths, state...,
-tensors, workspace, y)``, and one that runs its rows in pieces (`split_rows`) have none.
+tensors, workspace, y)``, has none, nor have those of windows, nor has one that runs its rows in
+pieces (`split_rows`). A function of several results takes as many outputs.
 
 Pieces are a parallel loop over calls of serial kernels. A piece's own intermediates lie in memory
 of the thread that runs it, which TVM's runtime keeps from one call to the next.
@@ -131,16 +132,19 @@ def _kernels_of(functions: Iterable[relax.Function]) -> set[str]:
     }
 
 
-def _run_function(graph: Graph, planner: Planner, tensor_bytes: int) -> RunFunction:
+def _run_function(graph: Graph, planner: Planner, tensor_bytes: int, alignment: int) -> RunFunction:
     workspace = Workspace()
     places = {param: Place(name) for name, param in _inputs(graph.func).items()}
-    result = resolve(graph.func.body.body, graph)
-    if result not in graph.values or is_op(graph.values[result], "call_pure_packed"):
-        raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
-    places[result] = Place("y")
+    for name, expr in _results(graph).items():
+        result = resolve(expr, graph)
+        if result not in graph.values or is_op(graph.values[result], "call_pure_packed"):
+            raise UnsupportedModelError(
+                "the model runs no kernel: its output is its input or constant"
+            )
+        places[result] = Place(name)
     steps = planner.plan(graph, places, workspace)
     workspace.sizes = workspace.sizes or {(): ALIGNMENT}
-    func = _Emitter(graph.func, workspace.sizes, tensor_bytes).emit(steps)
+    func = _Emitter(graph, workspace.sizes, tensor_bytes).emit(steps)
     return RunFunction(func, workspace.by_name())
 
 
@@ -149,7 +153,7 @@ class _Emitter:
 
     Parameters
     ----------
-    func : relax.Function
+    graph : Graph
         The entry.
     workspace : mapping of tuple to int
         Bytes a row, by region.
@@ -157,9 +161,7 @@ class _Emitter:
         Size of the block of tensors, which a call checks.
     """
 
-    def __init__(
-        self, func: relax.Function, workspace: Mapping[Region, int], tensor_bytes: int
-    ) -> None:
+    def __init__(self, graph: Graph, workspace: Mapping[Region, int], tensor_bytes: int) -> None:
         self._dims = DimVars()
         self._starts: dict[Region, Extent] = {}
         end: Extent = 0
@@ -169,20 +171,17 @@ class _Emitter:
         self._workspace_bytes = end
         self._known = isinstance(end, int)
         given = end if self._known else tirx.Var("workspace_bytes", "int64")
-        y_shape = self._dims.shape(dims_of(shape_of(func.body.body)))
-        arrays = {
-            name: tirx.decl_buffer(
-                self._dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name
-            )
-            for name, param in _inputs(func).items()
-        }
         self._params = {
-            **arrays,
+            **{name: self._buffer(name, param) for name, param in _inputs(graph.func).items()},
             "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
             WORKSPACE: tirx.decl_buffer((given,), "uint8", WORKSPACE),
-            "y": tirx.decl_buffer(y_shape, "float32", "y"),
+            **{name: self._buffer(name, expr) for name, expr in _results(graph).items()},
         }
         self._failure = tirx.stmt.Return(tirx.const(1, "int32"))
+
+    def _buffer(self, name: str, expr: relax.Expr) -> tirx.Buffer:
+        shape = self._dims.shape(dims_of(shape_of(expr)))
+        return tirx.decl_buffer(shape, str(expr.ty.dtype), name)
 
     def emit(self, steps: Sequence[Step]) -> tirx.PrimFunc:
         """Return the run function of a plan."""
@@ -276,3 +275,13 @@ def _inputs(func: relax.Function) -> dict[str, relax.Var]:
     """Return the parameters that are arrays, by name: ``x``, and the state if there is one."""
     arrays = [param for param in func.params if isinstance(param.ty, relax.TensorType)]
     return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
+
+
+def _results(graph: Graph) -> dict[str, relax.Expr]:
+    """Return what a function returns, by the name of its argument: ``y``, or ``y_0``, ``y_1``.."""
+    expr: relax.Expr = graph.func.body.body
+    while isinstance(graph.values.get(expr), relax.Var | relax.Tuple):
+        expr = graph.values[expr]
+    if isinstance(expr, relax.Tuple):
+        return {f"y_{i}": field for i, field in enumerate(expr.fields)}
+    return {"y": expr}

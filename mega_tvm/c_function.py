@@ -16,6 +16,8 @@ from schedules.registry import kernel_op
 from .lowering import C_FUNCTION_ATTR
 from .relax_ops import extents
 
+ITEM = 4  # bytes of a float32
+
 
 @dataclasses.dataclass(frozen=True)
 class CFunction:
@@ -39,7 +41,11 @@ class CFunction:
 
 
 def as_c_function(func: tirx.PrimFunc) -> CFunction:
-    """Return a kernel that takes bare addresses in place of tensors; it returns 0."""
+    """Return a kernel that takes bare addresses in place of tensors; it returns 0.
+
+    They may lie anywhere: a vector instruction that asks for no alignment is as fast on aligned
+    data, and a call's input, or the rows of a piece, need not be copied for it.
+    """
     shapes = [extents(buffer.shape) for buffer in func.params]
     named = [extent for shape in shapes for extent in shape if isinstance(extent, tirx.Var)]
     variables = list(dict.fromkeys(named))
@@ -51,7 +57,10 @@ def as_c_function(func: tirx.PrimFunc) -> CFunction:
         tirx.DeclBuffer(buffer, data=pointer)
         for buffer, pointer in zip(func.params, pointers, strict=True)
     ]
-    body = tirx.SeqStmt([*declared, func.body, tirx.stmt.Return(tirx.const(0, "int32"))])
+    stmt = func.body
+    for pointer in pointers:
+        stmt = tirx.AttrStmt(pointer, "storage_alignment", tirx.const(ITEM, "int32"), stmt)
+    body = tirx.SeqStmt([*declared, stmt, tirx.stmt.Return(tirx.const(0, "int32"))])
     attrs = {key: value for key, value in func.attrs.items() if key != "global_symbol"}
     attrs[C_FUNCTION_ATTR] = True
     plain = tirx.PrimFunc(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tvm
 
@@ -19,23 +17,20 @@ from .artifact import check_destination, write_artifact
 from .cuda.target import CudaTarget
 from .dtypes import check_dtype
 from .errors import CompileError
-from .frontend.onnx import OnnxModel, import_onnx
-from .frontend.torch import import_module
-from .model_source import DEFAULT_SEED, ModelSource, positive_option, resolve_model
+from .input_shapes import import_entries, input_shapes
+from .model_source import DEFAULT_SEED, positive_option, resolve_model
+from .parity import check_parity
 from .pipeline import Compiled, run_pipeline
 from .stream_plan import NAME as STREAM
 from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
 from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic
 from .symbolic_entry import FIXED, probe_shapes
-from .targets import CpuTarget, machine_runs, resolve_target
-from .tolerances import compare
+from .targets import CpuTarget, resolve_target
 from .tuning.lookup import FOUND, TunedSchedules, find_logs
 from .weights import Checkpoint
+from .window_plan import describe_windows, window_checks, with_windows
 
 DEFAULT_OUTPUT = "mega.so"
-# Query-key pairs beyond which the float64 reference takes longer than the compile: 512^2 at 4
-# layers.
-_PARITY_PAIRS = 4 * 512 * 512
 _NO_STREAM_ON_GPU = "streams run on CPUs; compile the model for one, with --target native"
 
 
@@ -51,6 +46,7 @@ def compile_model(
     max_seq_len: int = MAX_SEQ_LEN,
     stream: bool = True,
     dtype: str = "float32",
+    fast_products: bool = False,
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
     options: Mapping[str, object] | None = None,
     seed: int = DEFAULT_SEED,
@@ -86,11 +82,17 @@ def compile_model(
     max_batch, max_seq_len : int
         The greatest batch and length of the symbolic entry.
     stream : bool
-        Whether `Model.stream` will work. Models that cannot stream (L1-Laplace attention, a module
-        that mixes timesteps; all on a GPU) are compiled without; the manifest says why.
+        Whether `Model.stream` will work, and `Model.window` keep what a frame keeps. Models that
+        cannot stream (L1-Laplace attention, a module that mixes timesteps; all on a GPU) are
+        compiled without; the manifest says why.
     dtype : str
-        Type of weights and of what kernels hand on: ``float32``; on GPUs also ``float16``. Sums,
-        states, statistics, and the input and output of a call are float32 always.
+        Type of weights and of what kernels hand on: ``float32``; on GPUs also ``float16`` and
+        ``bfloat16``. Sums, states, statistics, and the input and output of a call are float32
+        always.
+    fast_products : bool
+        Multiply by Strassen's method in dense layers where that is faster, see
+        `schedules.strassen_dense.cpu`: an eighth fewer multiplications, 1.3 times the rounding
+        error of these layers, 1.75 times the bytes of their weights. For CPUs.
     output : path-like
         Where the library goes; ``OUT.json`` goes beside it.
     options : mapping, optional
@@ -128,6 +130,11 @@ def compile_model(
     """
     resolved = resolve_target(target)
     check_dtype(dtype, target, on_gpu=isinstance(resolved, CudaTarget))
+    if fast_products and not isinstance(resolved, CpuTarget):
+        raise CompileError(
+            f"fast products are for CPUs: target {target} has no kernels of Strassen's method; "
+            "leave fast_products (--fast-products) out, or compile for a CPU (--target native)"
+        )
     check_destination(Path(os.path.abspath(output)))  # now, not after the compile
     source = resolve_model(model, options, seed)
     shapes = input_shapes(source, batch, seq_len, input_shape)
@@ -141,14 +148,20 @@ def compile_model(
     streaming = StreamPlan(left_out=NOT_ASKED_FOR if on_cpu else _NO_STREAM_ON_GPU)
     if symbolic and on_cpu:
         plan = plan_symbolic(source, shapes.values(), max_batch, max_seq_len)
-    if stream and on_cpu:
+    # The function of all frames multiplies plainly: a window would not be the full run to the bit.
+    windows = stream and on_cpu and not fast_products
+    if windows:
         streaming = plan_stream(source, next(iter(shapes.values())), plan)
 
-    def compile_with(plan: SymbolicPlan, streaming: StreamPlan) -> Compiled:
+    def compile_with(plan: SymbolicPlan, streaming: StreamPlan, windows: bool) -> Compiled:
+        functions = {**mod.functions, **plan.functions}
+        if windows:
+            functions = with_windows(functions)
         return run_pipeline(
-            tvm.IRModule({**mod.functions, **plan.functions, **streaming.functions}),
+            tvm.IRModule({**functions, **streaming.functions}),
             resolved,
             dtype=dtype,
+            fast_products=fast_products,
             tuned=tuned,
             on_scheduled=lambda: _check_tuning(tuned, strict, on_tuning),
             disabled_passes=disabled_passes,
@@ -157,17 +170,18 @@ def compile_model(
         )
 
     try:
-        compiled = compile_with(plan, streaming)
+        compiled = compile_with(plan, streaming, windows)
     except CompileError:
         raise
     except Exception as error:
         # Operators around a Mega may want sizes that are known; if it is another fault, the
         # compile without the symbolic entries tells it.
-        if not (plan.functions or streaming.functions) or source.checkpoint is not None:
+        if not (plan.functions or streaming.functions or windows) or source.checkpoint is not None:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         plan, streaming = SymbolicPlan(left_out=reason), StreamPlan(left_out=reason)
-        compiled = compile_with(plan, streaming)
+        windows = False
+        compiled = compile_with(plan, streaming, windows)
     if plan.left_out is not None and len(next(iter(shapes.values()))) == 3:
         warnings.warn(
             f"no symbolic entry, only the given shapes will run: {plan.left_out}", stacklevel=2
@@ -182,17 +196,24 @@ def compile_model(
     checks |= {entry.name: probe_shapes(entry) for entry in symbolic_entries}
     width, output_shape = entries[0]["input"]["shape"][-1], entries[0]["output"]["shape"][1:]
     stream_field = streaming.describe(compiled, width, output_shape)
-    parity = _parity(compiled, source, resolved, checks, dtype)
+    parity = check_parity(compiled, source, resolved, checks, dtype)
     if parity["checked"] and streaming.functions:
         found = check_stream(compiled, stream_field, source.oracle(), dtype)
         figures = {"max_abs": found.max_abs, "relative_rms": found.relative_rms}
         parity["entries"][STREAM] = {"checked": True, **figures}
+    why = "its products are fast ones" if fast_products else NOT_ASKED_FOR
+    window_field: dict[str, Any] = {"left_out": streaming.left_out or why}
+    if windows:
+        runs = window_checks(entries, symbolic_entries) if parity["checked"] else {}
+        window_field = describe_windows(compiled, width, runs)
     manifest = {
-        "target": _describe_target(resolved),
+        "target": resolved.describe(),
         "dtype": dtype,
+        "fast_products": fast_products,
         "entries": entries,
         "symbolic_entries": [entry.describe() for entry in symbolic_entries],
         "stream": stream_field,
+        "window": window_field,
         "config": None if source.config is None else source.config.to_dict(),
         "weights": source.origin,
         "kernels": compiled.kernels,
@@ -202,28 +223,6 @@ def compile_model(
     }
     on_phase("link")
     return write_artifact(compiled.executable, manifest, output, compiled.tensors)
-
-
-def _describe_target(target: CpuTarget | CudaTarget) -> dict[str, Any]:
-    """Return the manifest's field about the target."""
-    if isinstance(target, CudaTarget):
-        return {
-            "name": target.name,
-            "kind": "cuda",
-            "mcpu": None,
-            "mattr": [],
-            "cpu_features": [],
-            "archs": [f"sm_{arch}" for arch in target.archs],
-            "cuda_graph": True,
-            "ptx": None if target.ptx is None else f"compute_{target.ptx}",
-        }
-    return {
-        "name": target.name,
-        "kind": "llvm",
-        "mcpu": target.mcpu,
-        "mattr": list(target.mattr),
-        "cpu_features": list(target.cpu_features),
-    }
 
 
 def _tuned_schedules(
@@ -257,77 +256,6 @@ def _check_tuning(
         )
 
 
-def input_shapes(
-    source: ModelSource,
-    batch: int | Sequence[int],
-    seq_len: int | Sequence[int] | None,
-    input_shape: Sequence[int] | None,
-) -> dict[str, tuple[int, ...]]:
-    """Return the input shapes to compile for, by entry name.
-
-    Raises
-    ------
-    CompileError
-        If they are no positive integers, or not distinct.
-    """
-    if isinstance(source.module, OnnxModel):
-        given = {"batch": batch, "seq_len": seq_len, "input_shape": input_shape}
-        sizes = {
-            name: None
-            if value is None
-            else [positive_option(name, size) for size in _as_list(value)]
-            for name, value in given.items()
-        }
-        return _named(source.module.shapes(**sizes))
-    if input_shape is not None:
-        return {"main": tuple(positive_option("input_shape", size) for size in input_shape)}
-    config = source.config
-    if config is None:
-        raise CompileError(
-            f"{type(source.module).__name__} holds no Mega that would tell the shape of its input: "
-            "give input_shape"
-        )
-    lengths = config.seq_len if seq_len is None else seq_len
-    batches = [positive_option("batch", b) for b in _as_list(batch)]
-    pairs = list(
-        itertools.product(batches, [positive_option("seq_len", t) for t in _as_list(lengths)])
-    )
-    return _named([(b, t, config.embed_dim) for b, t in pairs])
-
-
-def _named(shapes: Sequence[tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    if len(set(shapes)) < len(shapes) or not shapes:
-        listed = ", ".join(str(list(shape)) for shape in shapes) or "none"
-        raise CompileError(f"batch and seq_len must give distinct shapes; they give {listed}")
-    if len(shapes) == 1:
-        return {"main": shapes[0]}
-    return {f"main_b{shape[0]}_t{shape[1]}": shape for shape in shapes}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) else [value]
-
-
-def import_entries(
-    module: torch.nn.Module | OnnxModel, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[tvm.IRModule, Sequence[str]]:
-    """Import a module once for each input shape.
-
-    Returns
-    -------
-    IRModule
-    sequence of str
-        What a user should know of how an ONNX file is compiled.
-    """
-    if isinstance(module, OnnxModel):
-        return import_onnx(module, shapes)
-    functions = {}
-    for name, shape in shapes.items():
-        main = import_module(module, shape)["main"]
-        functions[name] = main.with_attr("global_symbol", name)
-    return tvm.IRModule(functions), ()
-
-
 def _entry(name: str, shape: tuple[int, ...], mod: tvm.IRModule) -> dict[str, Any]:
     ret = mod[name].ret_ty
     out = [int(size) for size in ret.shape]
@@ -339,42 +267,3 @@ def _entry(name: str, shape: tuple[int, ...], mod: tvm.IRModule) -> dict[str, An
         "input": {"shape": list(shape), "dtype": "float32"},
         "output": {"shape": out, "dtype": "float32"},
     }
-
-
-def _parity(
-    compiled: Compiled,
-    source: ModelSource,
-    target: CpuTarget | CudaTarget,
-    shapes: Mapping[str, Sequence[tuple[int, ...]]],
-    dtype: str,
-) -> dict[str, Any]:
-    """Run the compiled code against the float64 reference, before anything is written.
-
-    Raises
-    ------
-    CompileError
-        If an entry leaves the tolerance.
-    """
-    if not machine_runs(target):
-        return {"checked": False, "reason": f"this machine cannot run {target.name} code"}
-    oracle = source.oracle()
-    layers = source.config.num_layers if source.config else 1
-    found: dict[str, Any] = {"checked": True, "entries": {}}
-    for name, several in shapes.items():
-        entry: dict[str, Any] = {"checked": True, "max_abs": 0.0, "relative_rms": 0.0}
-        for shape in several:
-            if layers * shape[0] * (shape[1] if len(shape) == 3 else 1) ** 2 > _PARITY_PAIRS:
-                entry = {"checked": False, "reason": "long; run mega_tvm.verify"}
-                break
-            x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-            expected = oracle(x)
-            parity = compare(compiled.run(name, x, expected.shape), expected, dtype)
-            if not parity.ok:
-                raise CompileError(
-                    f"entry {name} differs from the float64 reference at input shape "
-                    f"{list(shape)}: {parity}. This is a bug of the compiler; nothing was written"
-                )
-            entry["max_abs"] = max(entry["max_abs"], parity.max_abs)
-            entry["relative_rms"] = max(entry["relative_rms"], parity.relative_rms)
-        found["entries"][name] = entry
-    return found

@@ -14,9 +14,9 @@ import numpy as np
 from reference import MegaConfig, numpy_mega
 
 from .atomic_write import write_atomically
-from .compile import add_unstated_options
 from .console import console, print_settings, run_command
 from .errors import ExportError
+from .model_arguments import add_unstated_options
 from .tolerances import compare
 from .weights import Checkpoint, load_checkpoint
 

@@ -78,6 +78,16 @@ class CpuTarget:
             options["mattr"] = list(self.mattr)
         return Target(options)
 
+    def describe(self) -> dict[str, object]:
+        """Return the manifest's field about the target."""
+        return {
+            "name": self.name,
+            "kind": "llvm",
+            "mcpu": self.mcpu,
+            "mattr": list(self.mattr),
+            "cpu_features": list(self.cpu_features),
+        }
+
 
 def resolve_target(name: str) -> CpuTarget | CudaTarget:
     """Resolve a target's name.

@@ -53,6 +53,19 @@ class CudaTarget:
             host={"kind": "llvm"},
         )
 
+    def describe(self) -> dict[str, object]:
+        """Return the manifest's field about the target."""
+        return {
+            "name": self.name,
+            "kind": "cuda",
+            "mcpu": None,
+            "mattr": [],
+            "cpu_features": [],
+            "archs": [f"sm_{arch}" for arch in self.archs],
+            "cuda_graph": True,
+            "ptx": None if self.ptx is None else f"compute_{self.ptx}",
+        }
+
 
 def resolve_cuda(name: str) -> CudaTarget:
     """Resolve the name of a CUDA target: ``cuda``, ``cuda-sm_90``, ``cuda-sm_80+sm_90``.

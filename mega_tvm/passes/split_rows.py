@@ -120,10 +120,10 @@ def piece_count(func: relax.Function) -> int:
 class _Split:
     """Rewrites one function."""
 
-    def __init__(self, func: relax.Function, rows: int) -> None:
+    def __init__(self, name: str, func: relax.Function, rows: int) -> None:
+        self.name = name
         self.graph = Graph(func)
         self.stages = Stages(self.graph)
-        self.name = str(func.attrs["global_symbol"])
         self.rows, self.keys = rows, tirx.Var(KEYS, "int64")
         self.pieces: dict[str, relax.Function] = {}
 
@@ -237,7 +237,7 @@ def _transform(mod: tvm.IRModule, _ctx: object) -> tvm.IRModule:
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function) and (rows := rows_of_a_piece(func)):
             try:
-                functions = _Split(func, rows).run()
+                functions = _Split(str(gvar.name_hint), func, rows).run()
             except UnsupportedModelError:
                 functions = {gvar.name_hint: func.without_attr(ROWS_ATTR)}  # it stays whole
             for name, new in functions.items():

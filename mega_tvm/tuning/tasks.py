@@ -11,19 +11,17 @@ from tvm import tirx
 from tvm.ir import Op
 from tvm.s_tir.meta_schedule.database import Workload
 
-from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import kernel_op
 
-from ..compiler import import_entries
-from ..cuda.passes import CUDA_PASSES
 from ..cuda.target import CudaTarget
+from ..dtypes import FLOAT32
 from ..frontend.onnx import OnnxModel
+from ..input_shapes import import_entries
 from ..kernel_list import calls_of, kernels_in_pieces
-from ..passes import CPU_PASSES, GRAPH_PASSES
 from ..passes.split_rows import mark_splittable
-from ..pipeline import graph_phase, kernel_phase
+from ..pipeline import graph_phase, kernel_phase, passes_of
 from ..targets import CpuTarget, with_threads
-from .record import KernelKey
+from .record import KernelKey, kernel_key
 from .space import Space
 from .trial import Task
 
@@ -36,8 +34,7 @@ class Kernel:
     ----------
     name : str
         As the compile names it.
-    key : tuple of str
-        Op and specification.
+    key : KernelKey
     calls : int
         Over all entries of the model.
     space : Space
@@ -57,6 +54,7 @@ def extract_kernels(
     shapes: Mapping[str, tuple[int, ...]],
     target: CpuTarget | CudaTarget,
     threads: int,
+    dtype: str = FLOAT32,
 ) -> list[Kernel]:
     """Return the Mega kernels of a model that have decisions to make, each specification once.
 
@@ -64,19 +62,20 @@ def extract_kernels(
     ----------
     module : Module or OnnxModel
     shapes : mapping of str to tuple
-        Input shapes by entry, as `mega_tvm.compiler.input_shapes` returns them.
+        Input shapes by entry, as `mega_tvm.input_shapes.input_shapes` returns them.
     target : CpuTarget or CudaTarget
     threads : int
         Threads that kernels run with.
+    dtype : str
+        Type of weights and activations.
     """
     measured = with_threads(target, threads)
-    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else CPU_PASSES))
     tvm_target = measured.tvm_target()
     with tvm_target:
         mod = import_entries(module, shapes)[0]
         if isinstance(target, CpuTarget):
             mod = mark_splittable(mod, threads)
-        mod = kernel_phase(graph_phase(mod, passes=passes))
+        mod = kernel_phase(graph_phase(mod, passes=passes_of(target, dtype)))
     in_pieces = kernels_in_pieces(mod)
     called = Counter(
         str(call.args[0].name_hint)
@@ -87,7 +86,7 @@ def extract_kernels(
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc) or kernel_op(func) is None:
             continue
-        name, key = str(gvar.name_hint), (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]))
+        name, key = str(gvar.name_hint), kernel_key(func)
         if name in in_pieces:
             continue
         space = Space.of(func, tvm_target)

@@ -18,8 +18,7 @@ computes the scores anew.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tvm import tirx
 from tvm.s_tir import Schedule
@@ -28,6 +27,7 @@ from tvm.script import tirx as T
 from . import decisions
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocked import attention_prim_func
+from .cuda_scoring import Scoring
 from .cuda_threads import (
     BARRIER_CYCLES,
     FFMA_CYCLES,
@@ -49,28 +49,6 @@ STEP_KEYS = 8  # values of one pass
 PAD = 4  # floats behind each row: rows 4 apart lie in different banks. Buffers are flat, see dense
 
 BLOCK_Q, COLUMNS = (8, 16, 32), (64, 128, 256)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scoring:
-    """How scores become weights.
-
-    Parameters
-    ----------
-    accumulate : callable
-        ``(score, q, k)`` to the score with one more element of the width.
-    weight : callable
-        ``(score, peak)`` to the weight; ``peak`` is the row's maximum.
-    softmax : bool
-        Whether rows have a running maximum.
-    causal : bool
-        Whether a query sees only the keys up to its own position.
-    """
-
-    accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
-    weight: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
-    softmax: bool
-    causal: bool
 
 
 def sample_tiles(sch: Schedule, spec: AttentionSpec, instructions: int) -> None:

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocked import attention_prim_func
-from .cuda_attention import Scoring
+from .cuda_scoring import Scoring
 from .cuda_threads import WARP, lanes_max, lanes_sum
 from .dims import DimVars, ceil_div, known
 

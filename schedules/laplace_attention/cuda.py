@@ -18,8 +18,9 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from ..common import decisions
-from ..common.cuda_attention import Scoring, sample_tiles, tiled_attention
+from ..common.cuda_attention import sample_tiles, tiled_attention
 from ..common.cuda_attention_row import row_attention
+from ..common.cuda_scoring import Scoring
 from ..common.kernel import ScheduledKernel
 from .naive import LaplaceAttentionSpec
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import mega_tvm
-from mega_tvm import compiler
+from mega_tvm import compiler, parity
 from mega_tvm.artifact_format import read_manifest
 from mega_tvm.compile import main
 from mega_tvm.compiler import compile_model
@@ -212,7 +212,7 @@ def test_a_debug_dump_that_cannot_be_written(capsys, here) -> None:
 def bad_parity(monkeypatch):
     """As if every output were wrong."""
     monkeypatch.setattr(
-        compiler, "compare", lambda actual, expected, dtype: compare(actual + 1, expected, dtype)
+        parity, "compare", lambda actual, expected, dtype: compare(actual + 1, expected, dtype)
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from schedules.dense.naive import DenseSpec
+from schedules.normed_dense.naive import NormedDenseSpec
 from tests.cuda.devices import on_every_device
 
 # lead, k, n, options. Up to 8 rows are one kernel, more another; k a multiple of 4 or not.
@@ -31,3 +32,47 @@ def test_parity(name: str) -> None:
 
     lead, k, n, options = CASES[name]
     check(dense_case(np.random.default_rng(0), DenseSpec(lead, k, n, **options)), name)
+
+
+@pytest.mark.parametrize("rows", range(1, 10), ids="M{}".format)
+@on_every_device
+def test_few_rows(rows: int) -> None:
+    """The last row of so many sequences, or a frame of so many streams; tiles from 9 on."""
+    from tests.cuda.fused_cases import normed_case
+    from tests.cuda.harness import check
+    from tests.schedules.cases import dense_case
+
+    rng = np.random.default_rng(rows)
+    dense = dense_case(rng, DenseSpec((rows, 1), 40, 70, residual=True))
+    normed = normed_case(rng, NormedDenseSpec((rows, 1), 40, 70, swiglu=True))
+    for case in (dense, normed):
+        check(case, f"M{rows}", orders=(2,))
+
+
+# block_m, block_n, thread_m, slices
+TILES = [
+    (16, 16, 1, 1),
+    (16, 16, 2, 8),
+    (32, 16, 2, 4),
+    (16, 64, 8, 2),
+    (64, 32, 4, 2),
+    (128, 64, 8, 1),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize("normed", [False, True], ids=["dense", "normed"])
+@on_every_device
+def test_tiles(tile: tuple[int, int, int, int], normed: bool) -> None:
+    from schedules.dense.cuda import tiles
+    from schedules.dense.cuda_tiles import Tile
+    from tests.cuda.fused_cases import normed_case
+    from tests.cuda.harness import check
+    from tests.schedules.cases import dense_case
+
+    rng = np.random.default_rng(0)
+    if normed:
+        case = normed_case(rng, NormedDenseSpec((59,), 70, 46, swiglu=True))
+    else:
+        case = dense_case(rng, DenseSpec((59,), 104, 33, residual=True, sigmoid_from=9))
+    check(case, str(tile), orders=(0, 2), tile=tiles().index(Tile(*tile)))

@@ -9,6 +9,7 @@ from tests.cuda.emulator.worker import in_emulator
 # Every barrier of every kernel, by the number of barriers.
 BARRIERS = {
     "tiles": 2,
+    "slices": 3,
     "few_rows": 1,
     "scan": 2,
     "long_scan": 2,
@@ -23,8 +24,17 @@ INDICES = {
     "a_row_too_many_read": ("tiles", r", 58\)", ", 59)", 1, "out of bounds"),
     "a_row_too_many_written": ("tiles", r"< 59\) \{", "< 60) {", 0, "out of bounds"),
     "vector_off_by_one": ("tiles", r"\(x_ptr \+ \(", "(x_ptr + (1 + ", 0, "misaligned"),
-    "tile_off_by_one": ("tiles", r"ws0_ptr\[\(", "ws0_ptr[1 + (", 0, "out of bounds"),
+    "tile_off_by_one": ("tiles", r"\(stage0_ptr \+ \(", "(stage0_ptr + (4 + ", 0, "out of bounds"),
     "a_step_too_few": ("tiles", r"pair < 3", "pair < 2", 0, "outside tolerance"),
+    "a_slice_not_added": ("slices", r"\+ 256\)\]", "+ 128)]", 0, "outside tolerance"),
+    "rows_of_another_slice": (
+        "slices",
+        r"threadIdx\.x\) >> 5\) \* 160",
+        "threadIdx.x) >> 6) * 160",
+        1,
+        "outside tolerance",
+    ),
+    "a_slice_not_stored": ("slices", r"32 <= \(\(int\)threadIdx", "64 <= ((int)threadIdx", 0, ""),
     "a_column_too_many": ("few_rows", r"< 33\) \{", "< 34) {", 0, "data race"),
     "a_channel_too_many": ("scan", r"threadIdx\.x\) < 16\)", "threadIdx.x) < 17)", 0, ""),
     "a_step_too_many": ("long_scan", r", 149\)", ", 150)", 1, "out of bounds"),
@@ -46,7 +56,7 @@ INDICES = {
         "is still filling",
     ),
     "copies_of_two_steps_in_a_group": ("mma", r"mega_commit_copies\(\);", "", 1, "still filling"),
-    "the_wrong_fragment": ("mma", r"(mega_mma\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
+    "the_wrong_fragment": ("mma", r"(mega_mma_\w+\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
     "rows_in_another_order": (
         "mma",
         r"mega_load_matrices\(a_ptr, 0, xs_ptr, \(",
@@ -57,7 +67,7 @@ INDICES = {
     "values_not_waited_for": ("mma_attention", r"mega_wait_copies\(2\);", "", 1, "still filling"),
     "keys_of_another_half": (
         "mma_attention",
-        r"(mega_mma\(s_ptr.*), 2\);",
+        r"(mega_mma_\w+\(s_ptr.*), 2\);",
         r"\1, 0);",
         0,
         "outside tolerance",
@@ -71,6 +81,21 @@ INDICES = {
         "outside tolerance",
     ),
     "a_key_too_many": ("mma_attention", r" <= ", " <= 1 + ", 9, "outside tolerance"),
+    # Of the other half type; products of bfloat16 taken for float16 are nearly 0.
+    **{
+        f"{what}_of_float16": (
+            kernel,
+            f"mega_{call}_bfloat16",
+            f"mega_{call}_float16",
+            0,
+            "outside",
+        )
+        for what, kernel, call in (
+            ("a_product", "mma_bfloat16", "mma"),
+            ("a_normalized_fragment", "mma_bfloat16", "normalize"),
+            ("scores", "mma_attention_bfloat16", "mma"),
+        )
+    },
     "a_row_too_many_copied": ("mma", r"< 59\)", "< 60)", 0, "out of bounds"),
     "not_quite_causal": ("attention", r" <= ", " < ", 0, ""),
 }
