@@ -32,7 +32,7 @@ from tvm.script import tirx as T
 
 from schedules.common.dims import DimVars, Extent
 
-from .c_function import as_c_function, overwritable, packed_form, serial_form
+from .c_function import ITEM, as_c_function, overwritable, packed_form, serial_form
 from .errors import UnsupportedModelError
 from .manifest_schema import ALIGNMENT, tensor_layout
 from .passes.rewrite import Graph
@@ -132,7 +132,7 @@ def _kernels_of(functions: Iterable[relax.Function]) -> set[str]:
     }
 
 
-def _run_function(graph: Graph, planner: Planner, tensor_bytes: int, alignment: int) -> RunFunction:
+def _run_function(graph: Graph, planner: Planner, tensor_bytes: int) -> RunFunction:
     workspace = Workspace()
     places = {param: Place(name) for name, param in _inputs(graph.func).items()}
     for name, expr in _results(graph).items():
@@ -181,7 +181,8 @@ class _Emitter:
 
     def _buffer(self, name: str, expr: relax.Expr) -> tirx.Buffer:
         shape = self._dims.shape(dims_of(shape_of(expr)))
-        return tirx.decl_buffer(shape, str(expr.ty.dtype), name)
+        # Kernels take them wherever they lie, see `as_c_function`.
+        return tirx.decl_buffer(shape, str(expr.ty.dtype), name, data_alignment=ITEM)
 
     def emit(self, steps: Sequence[Step]) -> tirx.PrimFunc:
         """Return the run function of a plan."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from mega_tvm.inputs import aligned_empty, is_aligned
+from mega_tvm.inputs import aligned_empty
 from mega_tvm.manifest_schema import ALIGNMENT
 
 # Copying so many bytes takes about as long as finding out where an array lies (1 us).
@@ -82,8 +82,8 @@ class Frame:
     def arguments_for(self, array: npt.NDArray[np.float32]) -> tuple[Any, ...]:
         """Return a call's arguments; the array is read in place where kernels can."""
         flags = array.flags
-        if flags.c_contiguous and flags.writeable and is_aligned(array):
-            return (as_argument(array), *self._rest)
+        if flags.c_contiguous and flags.writeable and flags.aligned:
+            return (tvm_ffi.from_dlpack(array), *self._rest)
         if not hasattr(self, "x"):
             self._add_input()
         self.x[...] = array

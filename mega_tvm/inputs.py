@@ -150,11 +150,6 @@ def aligned_empty(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
-def is_aligned(array: npt.NDArray[Any]) -> bool:
-    """Return whether an array starts at an address that kernels can read."""
-    return _address(array) % ALIGNMENT == 0
-
-
 def _address(array: npt.NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
     return address

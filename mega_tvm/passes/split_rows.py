@@ -21,8 +21,6 @@ writes out. Arguments of ``T`` rows are cut where the piece function's parameter
 
 from __future__ import annotations
 
-import math
-
 import tvm
 from tvm import relax, tirx
 
@@ -34,12 +32,11 @@ from .row_stages import Stages, Use
 CALL = "mega.pieces"
 KEYS = "keys"
 # Frames from which on a sequence is split whatever the number of threads: whole, the default model
-# needs 6.2 KB a frame beside its weights, split 2.2 (and at 4096 frames 2% less time).
+# needs 6.2 KB a frame beside its weights, split 2.2 (4096 frames take as long).
 LONG = 2048
 LONG_ROWS = 256
 # A dense kernel of fewer rows waits for its weights.
 LEAST_ROWS = 24
-LINE = 64  # bytes, to which kernels expect rows to be aligned
 # Of a function that is to be split, and of a piece function: rows of a piece, and how many pieces.
 ROWS_ATTR, COUNT_ATTR = "mega.rows_of_a_piece", "mega.pieces"
 
@@ -161,8 +158,6 @@ class _Split:
         uses = (use for var, _ in inner for use in stages.uses[var])
         brought = list(dict.fromkeys(use for use in uses if use.var not in made))
         results = [var for var, _ in inner if self._leaves(var, made)]
-        for var in results:
-            self._check_alignment(var)
         self.pieces[name] = self._piece_function(name, brought, inner, results)
         types = [relax.TensorType(list(shape_of(var)), str(var.ty.dtype)) for var in results]
         call = relax.call_pure_packed(
@@ -181,21 +176,6 @@ class _Split:
             var in variables(value) for user, value in self.graph.bindings if user not in made
         )
 
-    def _check_alignment(self, var: relax.Var) -> None:
-        """Refuse rows that would start where kernels do not expect them.
-
-        A dense kernel reads its input an element at a time, wherever it starts.
-        """
-        readers = [value for _, value in self.graph.bindings if var in variables(value)]
-        of_dense = all(
-            is_op(value, "mega.dense") and value.args[0] == var and variables(value).count(var) == 1
-            for value in readers
-        )
-        row_bytes = 4 * math.prod(shape_of(var)[2:])
-        made_here = var in self.stages.stage
-        if self.rows * row_bytes % LINE and (made_here or not of_dense):
-            raise UnsupportedModelError(f"{self.rows} rows of {row_bytes} bytes are no whole lines")
-
     def _piece_function(
         self,
         name: str,
@@ -208,8 +188,6 @@ class _Split:
         params = []
         for index, use in enumerate(brought):
             shape = [1, length[use.how], *shape_of(use.var)[2:]]
-            if use.how == "piece":
-                self._check_alignment(use.var)
             params.append(
                 relax.Var(f"{use.how}_{index}", relax.TensorType(shape, str(use.var.ty.dtype)))
             )
