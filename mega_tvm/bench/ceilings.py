@@ -21,6 +21,7 @@ from schedules.common.cpu_features import vector_unit
 from .environment import last_level_cache
 
 FMA_STEPS = 200_000
+READ_STREAMS = 8  # sums side by side, which hide the latency of the additions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,33 @@ def copy_kernel(threads: int, lanes: int, vectors: int) -> tirx.PrimFunc:
                     y[j] = x[j]
 
     return copy
+
+
+def read_kernel(threads: int, lanes: int, vectors: int) -> tirx.PrimFunc:
+    """Return a PrimFunc ``(x, y)`` that adds up ``vectors`` vectors a thread."""
+    steps = vectors // READ_STREAMS
+
+    @T.prim_func(s_tir=True)
+    def read(
+        x: T.Buffer((threads * vectors * lanes,), "float32"),
+        y: T.Buffer((threads, READ_STREAMS * lanes), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "read"})
+        for t in T.parallel(threads):
+            acc = T.alloc_buffer((READ_STREAMS, lanes), "float32", scope="local")
+            for r in T.unroll(READ_STREAMS):
+                for lane in T.vectorized(lanes):
+                    acc[r, lane] = T.float32(0)
+            for i in T.serial(steps):
+                for r in T.unroll(READ_STREAMS):
+                    for lane in T.vectorized(lanes):
+                        at = T.meta_var((t * vectors + i * READ_STREAMS + r) * lanes + lane)
+                        acc[r, lane] = acc[r, lane] + x[at]
+            for r in T.unroll(READ_STREAMS):
+                for lane in T.vectorized(lanes):
+                    y[t, r * lanes + lane] = acc[r, lane]
+
+    return read
 
 
 def innermost_loop(assembly: str, instruction: str) -> list[str]:

@@ -15,12 +15,17 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import tirx
-from tvm.script import tirx as T
 
 from schedules.common.cpu_features import vector_unit
 
-from ..bench.ceilings import agreed, build, copy_kernel, measure_fma
+from ..bench.ceilings import (
+    READ_STREAMS,
+    agreed,
+    build,
+    copy_kernel,
+    measure_fma,
+    read_kernel,
+)
 from ..targets import resolve_target
 from .trial import COLD_BYTES
 
@@ -151,36 +156,6 @@ def _read_seconds(target: Any, threads: int, lanes: int) -> Callable[[], float]:
     x = tvm.runtime.tensor(np.zeros(vectors * lanes * threads, np.float32))
     y = tvm.runtime.tensor(np.zeros((threads, READ_STREAMS * lanes), np.float32))
     return _timed(module, "read", [x, y], 2)
-
-
-READ_STREAMS = 8  # sums side by side, which hide the latency of the additions
-
-
-def read_kernel(threads: int, lanes: int, vectors: int) -> tirx.PrimFunc:
-    """Return a PrimFunc ``(x, y)`` that adds up ``vectors`` vectors a thread."""
-    steps = vectors // READ_STREAMS
-
-    @T.prim_func(s_tir=True)
-    def read(
-        x: T.Buffer((threads * vectors * lanes,), "float32"),
-        y: T.Buffer((threads, READ_STREAMS * lanes), "float32"),
-    ):
-        T.func_attr({"tirx.noalias": True, "global_symbol": "read"})
-        for t in T.parallel(threads):
-            acc = T.alloc_buffer((READ_STREAMS, lanes), "float32", scope="local")
-            for r in T.unroll(READ_STREAMS):
-                for lane in T.vectorized(lanes):
-                    acc[r, lane] = T.float32(0)
-            for i in T.serial(steps):
-                for r in T.unroll(READ_STREAMS):
-                    for lane in T.vectorized(lanes):
-                        at = T.meta_var((t * vectors + i * READ_STREAMS + r) * lanes + lane)
-                        acc[r, lane] = acc[r, lane] + x[at]
-            for r in T.unroll(READ_STREAMS):
-                for lane in T.vectorized(lanes):
-                    y[t, r * lanes + lane] = acc[r, lane]
-
-    return read
 
 
 def _timed(module: Any, name: str, arguments: Iterable[Any], number: int) -> Callable[[], float]:

@@ -70,13 +70,14 @@ def sample_blocking(
     panel_vectors, lanes, k_len = 4 if wide else 2, unit.lanes, spec.k_len
     while isinstance(k_len, int) and panel_vectors > 1 and k_len <= panel_vectors // 2 * unit.lanes:
         panel_vectors //= 2
-    known_sizes = all(isinstance(n, int) for n in (spec.batch, spec.q_len, k_len))
-    one_panel = known_sizes and k_len <= panel_vectors * unit.lanes
+    few = one_panel = False
+    if isinstance(k_len, int) and isinstance(spec.batch, int) and isinstance(spec.q_len, int):
+        few, one_panel = k_len <= FEW_KEYS, k_len <= panel_vectors * unit.lanes
     if tile_q is None:
         tile_q = 4 if one_panel and wide else 6
         if one_panel and panel_vectors == 1 and wide:
             tile_q, panel_vectors, lanes = 8, 2, unit.lanes // 2
-    if known_sizes and k_len <= FEW_KEYS:
+    if few:
         decisions.sample(sch, "own_keys", [0, 1], int(one_panel and not splits(spec)))
         decisions.sample(sch, "lanes", sorted({8, unit.lanes}), lanes)
     decisions.sample(sch, "tile_q", [2, 3, 4, 5, 6, 7, 8, 10, 12], tile_q)
