@@ -46,7 +46,7 @@ BLOCK_M = 120
 LINE = 16  # float32 of a cache line
 NARROWEST = 4  # lanes
 # A model no wider than this has its weights in L2 from call to call (width 64: 21.9 us with
-# prefetches, 21.8 without). Wider ones lose 3 to 8% without, and 2 panels ahead differ little from 1.
+# prefetches, 21.8 without). Wider ones lose 3 to 8% without; 2 panels ahead differ little from 1.
 NARROW = 192
 
 
