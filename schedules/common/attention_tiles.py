@@ -61,10 +61,10 @@ def sample_blocking(
 
     Of few keys two more decisions matter. ``own_keys``: whether each block transposes the keys that
     it sees, see `blocked_attention`; one thread would do that twice for the first of two blocks
-    (T = 60: 26.7 us in place of 21.9; 32 sequences of 60, a block each: 815 in place of 844).
+    (T = 60: 27 us in place of 22.6; 32 sequences of 60, a block each: 815 in place of 844).
     ``lanes``: of a vector of keys. On the diagonal half a vector is multiplied for nobody, and less
     with shorter ones (T = 16, width 64: 0.72 us in place of 0.85). Tiles of 4 queries end where a
-    vector does, so that no row has one more than it needs (T = 60: 21.9 us, tiles of 6: 23.5).
+    vector does, so that no row has one more than it needs (T = 60: 22.6 us, tiles of 6: 23.5).
     """
     wide = unit.registers == 32
     panel_vectors, lanes, k_len = 4 if wide else 2, unit.lanes, spec.k_len
