@@ -174,9 +174,9 @@ def _tune(arguments: argparse.Namespace) -> int:
         with LiveReport(out, session.kernels, arguments.trials) as report:
             session.report = report
             session.run(arguments.trials)
-        ceilings = None if tracker or on_gpu else pool.ceilings()
+        limits = None if tracker or on_gpu else pool.limits()
     out.width = max(out.width, TABLE_WIDTH)
-    out.print(summary(session.kernels, ceilings))
+    out.print(summary(session.kernels, limits))
     if reached := time_to(0.95, session.curve):
         out.print(
             f"95% of the gain was found after {reached[0]:.0f} s, {reached[1]} trials", markup=False

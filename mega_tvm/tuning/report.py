@@ -12,12 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from ..bench.ceilings import Ceilings
-from ..bench.flops import kernel_flops
-from .session import Progress
-
-# Weights of so few operations a byte are waited for; a share of the FMA peak says nothing there.
-_BOUND_BY_WEIGHTS = 4.0
+from .limits import Limits, bound, work_of
+from .progress import Progress
 
 
 class LiveReport:
@@ -82,7 +78,7 @@ def state(progress: Progress) -> str:
     return f"hand {hand * 1e6:.2f} us, best {best[1] * 1e6:.2f} us ({gain:+.1%}){failed}"
 
 
-def summary(kernels: Sequence[Progress], ceilings: Ceilings | None) -> Table:
+def summary(kernels: Sequence[Progress], limits: Limits | None) -> Table:
     """Return the table of what was tuned: every kernel, and all of a model's calls together."""
     table = Table(title="tuned kernels, us a call", box=box.SIMPLE_HEAD)
     table.add_column("kernel", no_wrap=True)
@@ -103,7 +99,7 @@ def summary(kernels: Sequence[Progress], ceilings: Ceilings | None) -> Table:
             f"{record.hand_seconds * 1e6:.2f}",
             f"{record.seconds * 1e6:.2f}" if record.decisions != kernel.space.hand else "hand",
             f"{record.gain - 1:+.1%}",
-            _share(progress, record.seconds, ceilings),
+            _share(progress, record.seconds, limits),
         )
     if tuned_total:
         table.add_section()
@@ -119,13 +115,10 @@ def summary(kernels: Sequence[Progress], ceilings: Ceilings | None) -> Table:
     return table
 
 
-def _share(progress: Progress, seconds: float, ceilings: Ceilings | None) -> str:
-    """Return the share of the FMA peak; of a kernel that waits for its weights, their stream."""
+def _share(progress: Progress, seconds: float, limits: Limits | None) -> str:
+    """Return the share of the kernel's ceiling, and what bounds it."""
     op, spec = progress.kernel.key.op, json.loads(progress.kernel.key.spec)
-    flops = kernel_flops(op, spec)
-    weights = 4 * spec["k"] * spec["n"] if op == "dense" else 0
-    if weights and flops < _BOUND_BY_WEIGHTS * weights:
-        return f"{weights / seconds / 1e9:.0f} GB/s"
-    if ceilings is None or not flops:
+    if limits is None or (work := work_of(op, spec, limits.lanes)) is None:
         return ""
-    return f"{flops / seconds / 1e9 / ceilings.fma_gflops:.0%} FMA"
+    least, what = bound(work, limits)
+    return f"{least / seconds:.0%} {what}"

@@ -11,12 +11,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..cuda.target import CudaTarget
 from ..errors import TuningError
 from ..targets import CpuTarget, with_threads
 from .log import append, best_confirmed, is_log, read_log
+from .progress import LEAST_GAIN, Progress, Report
 from .record import Record, TargetKey
 from .search import Search
 from .space import Decisions
@@ -40,50 +40,8 @@ BATCH = 16
 FIRST_BATCH = 6
 # Candidates of a kernel that are measured against the hand schedule.
 FINALISTS = 3
-# A candidate must be faster in the median by more than what two runs of one differ by, and in three
-# rounds of four.
-LEAST_GAIN = 1.01
-# A kernel that no candidate has improved yet waits longer for its next batch.
-NO_GAIN_YET = 0.25
 # Candidates in a row that found no device: there is none.
 LOST_IN_A_ROW = 2 * BATCH
-
-
-@dataclasses.dataclass
-class Progress:
-    """A kernel's state of tuning.
-
-    Parameters
-    ----------
-    kernel : Kernel
-    search : Search
-    batches : int
-        Batches that it got.
-    trials, failed : int
-        Candidates measured, those of earlier tunings included, and how many of them failed.
-    confirmed : Record or None
-        What a compile will use.
-    """
-
-    kernel: Kernel
-    search: Search
-    batches: int = 0
-    trials: int = 0
-    failed: int = 0
-    confirmed: Record | None = None
-
-    @property
-    def urgency(self) -> float:
-        """Share of the model's time, less with each batch: trials go as the root of the share."""
-        best = self.search.best
-        if best is None:
-            return float("inf") if self.batches == 0 else 0.0
-        hand = self.search.hand_seconds
-        promise = 1.0 if hand is None or hand > LEAST_GAIN * best[1] else NO_GAIN_YET
-        return promise * self.kernel.calls * best[1] / (1 + self.batches) ** 2
-
-
-Report = Callable[[Sequence[Progress], Progress], None]
 
 
 class Session:

@@ -24,9 +24,9 @@ from typing import Any
 
 from tvm.support.popen_pool import PopenWorker
 
-from ..bench.ceilings import Ceilings, measure_ceilings
 from ..cuda.target import CudaTarget
 from . import worker_main
+from .limits import Limits, measure_limits
 from .space import Decisions
 from .trial import Task
 from .worker_main import PairedResult, Result, Tracker
@@ -198,10 +198,10 @@ class Pool:
         assert isinstance(found, PairedResult)
         return found
 
-    def ceilings(self) -> Ceilings:
+    def limits(self) -> Limits:
         """Measure what this machine can do at most with the pool's threads."""
-        found = self._workers[0].call(measure_ceilings, self.threads, limit_s=START_LIMIT_S)
-        assert isinstance(found, Ceilings)
+        found = self._workers[0].call(measure_limits, self.threads, limit_s=START_LIMIT_S)
+        assert isinstance(found, Limits)
         return found
 
     def _all(self, function: Callable[[Any], None], jobs: Sequence[Any]) -> None:

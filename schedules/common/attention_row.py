@@ -11,7 +11,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention import ATTENTION_EPS, AttentionSpec
-from .attention_blocked import Scoring, attention_prim_func
+from .attention_blocked import attention_prim_func
+from .attention_scoring import Scoring
 from .dims import DimVars
 from .reduce import fold_max, fold_sum
 

@@ -13,8 +13,9 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from ..common import decisions
-from ..common.attention_blocked import Scoring, blocked_attention
+from ..common.attention_blocked import blocked_attention
 from ..common.attention_row import row_attention
+from ..common.attention_scoring import Scoring
 from ..common.attention_tiles import read_blocking, sample_blocking
 from ..common.cpu_features import vector_unit
 from ..common.kernel import ScheduledKernel
@@ -27,7 +28,7 @@ def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions: the blocking, see `sample_blocking`. A single row has none."""
     spec = GatedAttentionSpec.of(sch.mod["main"])
     if spec.q_len != 1:
-        sample_blocking(sch, vector_unit(target), spec.k_len)
+        sample_blocking(sch, vector_unit(target), spec)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -37,7 +38,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     if spec.q_len == 1:
         return ScheduledKernel(row_attention(spec, lanes, softmax(spec.scale, lanes)))
     blocking = read_blocking(decisions.read(func), lanes)
-    return ScheduledKernel(blocked_attention(spec, blocking, softmax(spec.scale, lanes)))
+    return ScheduledKernel(blocked_attention(spec, blocking, softmax(spec.scale, blocking.lanes)))
 
 
 def softmax(scale: float, L: int) -> Scoring:

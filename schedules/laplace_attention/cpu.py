@@ -17,8 +17,9 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from ..common import decisions
-from ..common.attention_blocked import Scoring, blocked_attention
+from ..common.attention_blocked import blocked_attention
 from ..common.attention_row import row_attention
+from ..common.attention_scoring import Scoring
 from ..common.attention_tiles import read_blocking, sample_blocking
 from ..common.cpu_features import vector_unit
 from ..common.kernel import ScheduledKernel
@@ -35,7 +36,7 @@ def schedule(sch: Schedule, target: Target) -> None:
         # tiles of 6 spill an accumulator at each step (T = 1024: 16.0 ms, tiles of 5: 15.0).
         # Wider spans save nothing, for nothing is rescaled, and cost a register that is not there.
         tile_q = 6 if unit.registers == 32 else 5
-        sample_blocking(sch, unit, spec.k_len, tile_q=tile_q, span_panels=1)
+        sample_blocking(sch, unit, spec, tile_q=tile_q, span_panels=1)
 
 
 def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
@@ -45,7 +46,7 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     if spec.q_len == 1:
         return ScheduledKernel(row_attention(spec, lanes, laplace(lanes)))
     blocking = read_blocking(decisions.read(func), lanes)
-    return ScheduledKernel(blocked_attention(spec, blocking, laplace(lanes)))
+    return ScheduledKernel(blocked_attention(spec, blocking, laplace(blocking.lanes)))
 
 
 def laplace(L: int) -> Scoring:

@@ -8,7 +8,7 @@ import pytest
 from mega_tvm.tolerances import assert_parity
 from mega_tvm.tuning.space import Space
 from schedules.common.attention import AttentionSpec
-from schedules.common.attention_blocked import balanced_tiles
+from schedules.common.attention_blocks import TRANSPOSITION, balanced_tiles, split_tiles
 from schedules.gated_attention.naive import gated_attention
 from schedules.laplace_attention.naive import laplace_attention
 from tests.schedules.cases import attention_case, attention_spec, sized
@@ -40,12 +40,38 @@ def test_parity(rng, target, laplace, B, T, W, V) -> None:
 
 @LAPLACE
 @pytest.mark.parametrize(
-    ("keys", "vectors"), [(2, 1), (16, 1), (17, 2), (32, 2), (33, 4), (300, 4), ("seq_len", 4)]
+    ("keys", "width"),
+    [(2, 16), (16, 16), (17, 32), (32, 32), (33, 64), (300, 64), ("seq_len", 64)],
 )
-def test_a_panel_is_no_wider_than_the_keys(laplace, keys, vectors) -> None:
+def test_a_panel_is_no_wider_than_the_keys(laplace, keys, width) -> None:
     naive = laplace_attention if laplace else gated_attention
     func = naive(attention_spec(laplace, 1, keys, keys, 4))
-    assert Space.of(func, cpu_target("x86-64-v4")).hand["panel_vectors"] == vectors
+    hand = Space.of(func, cpu_target("x86-64-v4")).hand
+    assert hand["panel_vectors"] * hand.get("lanes", 16) == width
+
+
+@LAPLACE
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("B", [1, 2, 3], ids="B{}".format)
+@pytest.mark.parametrize(("T", "W"), [(7, 13), (59, 40), (59, 103)], ids=["T7", "T59", "T59-wide"])
+def test_blocks_with_keys_of_their_own(rng, target, laplace, B, T, W, lanes) -> None:
+    """Elements whole, and split over two blocks (odd batch, enough work)."""
+    spec = attention_spec(laplace, B, T, T, W)
+    sizes = {"tile_q": 4, "panel_vectors": 2, "span_panels": 4}
+    _check(rng, target, spec, own_keys=1, lanes=lanes, **sizes)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("tiles", [2, 3, 10, 15])
+def test_two_blocks_of_equal_work(tiles, causal) -> None:
+    """Moving a tile to the other block would not help."""
+    split = split_tiles(tiles, 4, causal)
+    work = [t + 1 if causal else tiles for t in range(tiles)]
+    packed = [tiles if not causal else split, tiles]
+    first = sum(work[:split]) + packed[0] * TRANSPOSITION / 4
+    second = sum(work[split:]) + packed[1] * TRANSPOSITION / 4
+    assert 0 < split < tiles
+    assert abs(first - second) <= max(work) + TRANSPOSITION / 4
 
 
 @LAPLACE

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mega_tvm.tolerances import assert_parity
+from schedules.common.cpu_features import vector_unit
 from schedules.layer_norm.naive import LayerNormSpec
 from tests.schedules.cases import layer_norm_case
 from tests.schedules.harness import run_naive, run_scheduled
@@ -82,6 +83,16 @@ def test_any_decisions(rng, target, n, unroll) -> None:
 @pytest.mark.parametrize("n", [16, 64], ids="N{}".format)
 def test_a_row_in_registers(rng, target, n, keep_row, form) -> None:
     _check(rng, target, _rows(rng, (1, 7), n), form, keep_row=keep_row)
+
+
+@FORMS
+@pytest.mark.parametrize("together", [1, 16])
+@pytest.mark.parametrize("rows", [4, 16, 59, 600], ids="M{}".format)
+def test_rows_together(rng, target, rows, together, form) -> None:
+    """Tiles of two heights, and tiles with fewer rows than a vector has lanes."""
+    lanes = vector_unit(target).lanes
+    x = _rows(rng, (1, rows), 48)
+    _check(rng, target, x, form, together=min(together, lanes), unroll=2)
 
 
 @FORMS

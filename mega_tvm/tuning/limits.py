@@ -1,0 +1,163 @@
+"""The least time that a kernel can take on this machine, and what bounds it.
+
+A kernel is bound by the largest of three: the cycles of the units that multiply and add, the bytes
+of its activations in the core's own cache, and the bytes of its weights, which come from behind it.
+Each is told by a rate that was measured in the same run. Work that is done for nobody does not
+count, but for what a vector of keys or columns brings with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+
+from schedules.common.cpu_features import vector_unit
+
+from ..bench.ceilings import (
+    READ_STREAMS,
+    agreed,
+    build,
+    copy_kernel,
+    measure_fma,
+    read_kernel,
+)
+from ..targets import resolve_target
+from .trial import COLD_BYTES
+
+# Instructions of an exponential that go where FMAs go: 8 FMAs and a product, see
+# `schedules.common.vector_math`. A sigmoid adds 1 and divides beside it, SwiGLU multiplies by up.
+EXP, SIGMOID, SWIGLU = 9, 9, 10
+# A copy within L2: half of it each for what is read and written.
+COPY_BYTES = 256 << 10
+COPIES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Rates that a number of threads reach at most.
+
+    Parameters
+    ----------
+    lanes : int
+        Float32 of a vector.
+    fma_gflops : float
+        FMAs on registers.
+    copy_gb_per_s : float
+        Read and written in L2.
+    read_gb_per_s : float
+        Of weights that are not in L2.
+    """
+
+    lanes: int
+    fma_gflops: float
+    copy_gb_per_s: float
+    read_gb_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a kernel has to do at least: vector instructions of the FMA units, and bytes."""
+
+    vectors: float = 0.0
+    activations: float = 0.0
+    weights: float = 0.0
+
+
+def work_of(op: str, spec: Mapping[str, Any], lanes: int) -> Work | None:
+    """Return the work of one call of a kernel; None if it is not known for its operator.
+
+    Parameters
+    ----------
+    op : str
+    spec : mapping
+        Fields of its ``KernelSpec``; all dimensions are numbers.
+    lanes : int
+    """
+    if op == "dense":
+        return _dense(spec, lanes)
+    if op in ("gated_attention", "laplace_attention"):
+        return _attention(spec, lanes, causal=op == "gated_attention")
+    if op == "layer_norm":
+        return Work(activations=8.0 * math.prod(spec["lead"]) * spec["n"])
+    if op == "ema_scan":
+        return Work(activations=8.0 * spec["batch"] * spec["seq_len"] * spec["channels"])
+    return None
+
+
+def _dense(spec: Mapping[str, Any], lanes: int) -> Work:
+    rows, k, n = math.prod(spec["lead"]), spec["k"], spec["n"]
+    out_n = n // 2 if spec["swiglu"] else n
+    activated = SWIGLU * out_n if spec["swiglu"] else 0
+    if 0 <= spec["sigmoid_from"] < n:
+        activated = SIGMOID * (n - spec["sigmoid_from"])
+    return Work(
+        vectors=rows * (k * n + activated) / lanes,
+        activations=4.0 * rows * (k + out_n * (2 if spec["residual"] else 1)),
+        weights=4.0 * k * n,
+    )
+
+
+def _attention(spec: Mapping[str, Any], lanes: int, causal: bool) -> Work:
+    batch, rows, keys = spec["batch"], spec["q_len"], spec["k_len"]
+    width, value_width = spec["width"], spec["value_width"]
+    seen = [keys - rows + row + 1 if causal else keys for row in range(rows)]
+    read = 4.0 * batch * (rows * width + keys * (width + value_width))
+    bytes_ = read + 4.0 * batch * rows * value_width * (2 if spec["gate_stride"] else 1)
+    if rows == 1:  # keys are not transposed: a vector holds components of one
+        return Work(batch * keys * (width + value_width + EXP) / lanes, bytes_)
+    # Scores and their exponentials are made for whole vectors of keys.
+    scored = sum(-(-n // lanes) for n in seen)
+    mixed = sum(seen) * value_width / lanes
+    gated = rows * value_width / lanes if spec["gate_stride"] else 0
+    # log2(lanes) shuffles transpose a vector of keys. Cores start one of full width a cycle, and no
+    # fewer FMAs; beside FMAs they could run, but the first score waits for them.
+    shuffles = keys * width / lanes * math.log2(lanes)
+    return Work(batch * (scored * (width + EXP) + mixed + gated + shuffles), bytes_)
+
+
+def bound(work: Work, limits: Limits) -> tuple[float, str]:
+    """Return the least seconds of a kernel, and what bounds it: FMA, copy or weights."""
+    gflops, flops = limits.fma_gflops, 2 * limits.lanes * work.vectors
+    times = {
+        "FMA": flops / gflops / 1e9,
+        "copy": work.activations / limits.copy_gb_per_s / 1e9,
+        "weights": work.weights / limits.read_gb_per_s / 1e9,
+    }
+    name = max(times, key=times.__getitem__)
+    return times[name], name
+
+
+def measure_limits(threads: int) -> Limits:
+    """Measure the rates of this machine, each until it agrees with itself."""
+    target = resolve_target("native").tvm_target()
+    lanes = vector_unit(target).lanes
+    fma = measure_fma(target, threads)
+    copy_s = agreed(_copy_seconds(target, threads, lanes))
+    read_s = agreed(_read_seconds(target, threads, lanes))
+    return Limits(lanes, fma, COPY_BYTES * threads / copy_s / 1e9, COLD_BYTES / read_s / 1e9)
+
+
+def _copy_seconds(target: Any, threads: int, lanes: int) -> Callable[[], float]:
+    vectors = COPY_BYTES // 2 // (4 * lanes)
+    module = build(copy_kernel(threads, lanes, vectors), target)
+    size = vectors * lanes * threads
+    x, y = (tvm.runtime.tensor(np.zeros(size, np.float32)) for _ in range(2))
+    return _timed(module, "copy", [x, y], COPIES)
+
+
+def _read_seconds(target: Any, threads: int, lanes: int) -> Callable[[], float]:
+    vectors = COLD_BYTES // (4 * lanes * threads)
+    module = build(read_kernel(threads, lanes, vectors), target)
+    x = tvm.runtime.tensor(np.zeros(vectors * lanes * threads, np.float32))
+    y = tvm.runtime.tensor(np.zeros((threads, READ_STREAMS * lanes), np.float32))
+    return _timed(module, "read", [x, y], 2)
+
+
+def _timed(module: Any, name: str, arguments: Iterable[Any], number: int) -> Callable[[], float]:
+    timer = module.jit().time_evaluator(name, tvm.cpu(), number=number, repeat=3)
+    return lambda: float(min(timer(*arguments).results))

@@ -1,0 +1,39 @@
+"""How scores become weights: what the softmax and the L1-Laplace attention on x86 differ in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from tvm import tirx
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How an attention form scores a key and makes weights of scores.
+
+    Parameters
+    ----------
+    accumulate : callable
+        ``(acc, q, k) -> acc`` for one component of the width.
+    weight : callable
+        ``(score, peak) -> weight`` of one key.
+    start : inline
+        ``(peak, total, r)``: reset the running values of row ``r``.
+    weigh : inline
+        ``(s, peak, total, rescale, r, i, first, limit, vectors)``: turn the scores ``s[i, :]`` of
+        the keys ``first, first + 1, ...``, so many vectors of them, into weights; those at
+        ``limit`` and beyond become 0. Updates the running values of row ``r``, and stores in
+        ``rescale[i]`` the factor by which the row's earlier output must shrink.
+    rescales : bool
+        Whether ``rescale`` can differ from 1.
+    causal : bool
+        Whether a query sees only keys up to its own position.
+    """
+
+    accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+    weight: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+    start: Callable[..., None]
+    weigh: Callable[..., None]
+    rescales: bool
+    causal: bool

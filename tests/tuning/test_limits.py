@@ -1,0 +1,80 @@
+"""What a kernel has to do at least, and what bounds it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mega_tvm.bench import ceilings
+from mega_tvm.tuning import limits
+from mega_tvm.tuning.limits import Limits, Work, bound, work_of
+from schedules.dense.naive import DenseSpec
+from tests.schedules.cases import attention_spec
+
+
+def _work(op: str, spec: object) -> Work:
+    found = work_of(op, dataclasses.asdict(spec), 16)
+    assert found is not None
+    return found
+
+
+def test_dense_counts_products_epilogue_and_bytes() -> None:
+    plain = _work("dense", DenseSpec((2, 3), 8, 32))
+    assert plain == Work(6 * 8 * 32 / 16, 4 * 6 * (8 + 32), 4 * 8 * 32)
+    swiglu = _work("dense", DenseSpec((2, 3), 8, 32, swiglu=True))
+    assert swiglu.vectors - plain.vectors == 6 * limits.SWIGLU  # 16 units: a vector a row
+    sigmoid = _work("dense", DenseSpec((2, 3), 8, 32, sigmoid_from=16))
+    assert sigmoid.vectors - plain.vectors == 6 * limits.SIGMOID
+    residual = _work("dense", DenseSpec((2, 3), 8, 32, residual=True))
+    assert residual.activations - plain.activations == 4 * 6 * 32
+
+
+def test_attention_counts_whole_vectors_of_seen_keys() -> None:
+    spec = attention_spec(False, 1, 17, 17, 32)
+    scored, shuffles = 16 + 2, 17 * 32 / 16 * 4
+    expected = scored * (32 + limits.EXP) + 17 * 18 / 2 * 2 + 17 * 2 + shuffles
+    assert _work("gated_attention", spec).vectors == expected
+    every = _work("laplace_attention", attention_spec(True, 1, 17, 17, 32))
+    assert every.vectors == 34 * (32 + limits.EXP) + 17 * 17 * 2 + 17 * 2 + shuffles
+    row = _work("gated_attention", attention_spec(False, 2, 1, 17, 32))
+    assert row.vectors == 2 * 17 * (64 + limits.EXP) / 16
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "name"),
+    [
+        (Work(vectors=1e9, activations=1.0, weights=1.0), 0.32, "FMA"),
+        (Work(vectors=1.0, activations=1e9, weights=1e9), 0.05, "weights"),
+        (Work(vectors=1.0, activations=1e9, weights=1e6), 0.01, "copy"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_the_largest_of_three_bounds_a_kernel(work: Work, seconds: float, name: str) -> None:
+    found = bound(work, Limits(lanes=16, fma_gflops=100, copy_gb_per_s=100, read_gb_per_s=20))
+    assert found == (pytest.approx(seconds), name)
+
+
+def test_kernels_without_a_model_have_no_ceiling() -> None:
+    assert work_of("cached_attention", {}, 16) is None
+
+
+def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "FMA_STEPS", 1000)
+    monkeypatch.setattr(limits, "COLD_BYTES", 1 << 20)
+    found = limits.measure_limits(1)
+    assert found.fma_gflops > 1 and found.copy_gb_per_s > 0.1 and found.read_gb_per_s > 0.1
+
+
+def test_a_disturbed_measurement_is_made_again() -> None:
+    """Twice as long for a while, then right: what two measurements agree on counts."""
+    times = iter([2.0, 2.0, 1.0, 1.3, 1.01, 9.0])
+    assert ceilings.agreed(lambda: next(times), pause_s=0) == 1.0
+    assert list(times) == [9.0]
+    calls: list[int] = []
+
+    def never() -> float:
+        calls.append(1)
+        return 1.0 / len(calls)
+
+    assert ceilings.agreed(never, most=4, pause_s=0) == 0.25
