@@ -16,12 +16,11 @@ from mega_tvm.errors import DamagedArtifactError, InputError, MegaError
 from mega_tvm.inputs import CPU, as_array, as_output, check_values
 from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.stream import Stream, make_stream
-from mega_tvm.symbolic_entry import SymbolicEntry
+from mega_tvm.symbolic_entry import SymbolicEntry, shapes_for_people
 from mega_tvm.tensor_memory import Tensors
 from mega_tvm.window import Window, make_window
 
 POOLED = 2  # VirtualMachine's allocator kinds: naive 1, pooled 2
-_SHAPES_IN_MESSAGES = 8
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -303,17 +302,11 @@ class Model:
                 output, workspace = symbolic.output_at(sizes), symbolic.workspace_at(sizes)
                 entry = Entry(symbolic.name, shape, output, workspace, symbolic=True)
                 return EntryRunner(entry, function, self._tensors.block, idle)
-        raise InputError(self._shape_message(shape))
-
-    def _shape_message(self, found: tuple[int, ...]) -> str:
-        return (
-            f"expected an array of shape {' or '.join(self._shapes())}, found {list(found)}; "
-            "reshape it, or compile the model for this batch and length"
+        shapes = " or ".join(self._shapes())
+        raise InputError(
+            f"expected an array of shape {shapes}, found {list(shape)}; reshape it, or compile the "
+            "model for this batch and length"
         )
 
     def _shapes(self) -> list[str]:
-        """Return what shapes run, for people."""
-        shapes = [str(list(shape)) for shape in self._runners]
-        if len(shapes) > _SHAPES_IN_MESSAGES:
-            shapes[_SHAPES_IN_MESSAGES:] = [f"{len(shapes) - _SHAPES_IN_MESSAGES} more"]
-        return shapes + [str(entry) for entry in self.symbolic_entries]
+        return shapes_for_people(self._runners, self.symbolic_entries)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mega_tvm.manifest_schema import round_up
@@ -20,6 +20,7 @@ FIXED = "fixed"
 NAME = "main_symbolic"
 
 Dims = tuple[int | str, ...]
+_SHAPES_IN_MESSAGES = 8
 
 # Batches and lengths of the check against the reference: together they meet every height of a
 # register tile, one panel of keys in part and another whole.
@@ -124,6 +125,16 @@ class SymbolicEntry:
         """Return its input's shape and limits: ``[batch, seq_len, 287], batch 1 to 64, ...``."""
         limits = (f"{name} {least} to {most}" for name, (least, most) in self.limits.items())
         return f"[{', '.join(map(str, self.input_shape))}], {', '.join(limits)}"
+
+
+def shapes_for_people(
+    shapes: Iterable[Sequence[int]], symbolic: Iterable[SymbolicEntry]
+) -> list[str]:
+    """Return what shapes a model runs, the first of many."""
+    known = [str(list(shape)) for shape in shapes]
+    if len(known) > _SHAPES_IN_MESSAGES:
+        known[_SHAPES_IN_MESSAGES:] = [f"{len(known) - _SHAPES_IN_MESSAGES} more"]
+    return known + [str(entry) for entry in symbolic]
 
 
 def probe_shapes(entry: SymbolicEntry) -> list[tuple[int, ...]]:

@@ -17,11 +17,22 @@ def test_the_command(many_shapes, capsys):
     assert out[2] == "threads: 4 x 40, 0 results differ"
 
 
-def test_growth_shows(capsys):
-    kept = []
-    grows = soak.growth("grows", lambda count: kept.append(np.ones(count * 2**17)), 10)
-    assert not grows and soak.growth("flat", lambda count: None, 10)
-    assert "grown by 102" in capsys.readouterr().out.splitlines()[0]  # 10 MiB, to a few KiB
+def test_growth_shows(capsys, monkeypatch):
+    sizes, counts = iter([50 << 20, 53 << 20, 7 << 20, 8 << 20]), []
+    monkeypatch.setattr(soak, "resident", lambda: next(sizes))
+    assert not soak.growth("grows", counts.append, 500)
+    assert soak.growth("flat", counts.append, 10)
+    assert counts == [5, 500, 1, 10]  # a first round, then what is measured
+    assert "memory 50.0 MiB, grown by 3072 KiB" in capsys.readouterr().out
+
+
+def test_memory_is_read():
+    """An array larger than any free memory of this process shows, and only while it is there."""
+    before = soak.resident()
+    array = np.ones(1 << 27, np.uint8)
+    assert soak.resident() - before > 100 << 20
+    del array
+    assert soak.resident() - before < 100 << 20
 
 
 def test_other_results_show(many_shapes, monkeypatch):
