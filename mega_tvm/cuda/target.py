@@ -10,7 +10,7 @@ from tvm.target import Target
 from ..errors import TargetError
 from .archs import runs_on
 
-# GPU generations with cp.async and tensor cores for fp16, by compute capability.
+# GPU generations with cp.async and tensor cores for float16 and bfloat16, by compute capability.
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 # What plain `cuda` holds machine code for: A100, RTX 30, RTX 40 and L4, H100. Newer GPUs compile
 # the PTX when the file is first loaded there.
