@@ -10,7 +10,8 @@ artifact holds them; intermediates lie in a workspace whose offsets are planned 
 lifetimes, so that a call allocates nothing. The function of a symbolic entry reads batch and
 length off its arguments' shapes, and hands them to the kernels. The VM's form of the entry stays in
 the library beside it, for tracing; an entry that carries state, ``run(x, lengths, state...,
-tensors, workspace, y)``, has none.
+tensors, workspace, y)``, has none, nor have those of windows; a function of several results takes
+as many outputs.
 """
 
 from __future__ import annotations
@@ -215,12 +216,12 @@ def _run_function(
     graph: Graph, kernels: Mapping[str, _Kernel], tensors: _TensorBlock
 ) -> RunFunction:
     func = graph.func
-    result = _resolve(func.body.body, graph)
+    results = {_resolve(expr, graph): name for name, expr in _results(graph).items()}
     last_use: dict[relax.Var, int] = {}
     for step, (_, value) in enumerate(graph.bindings):
         for var in variables(value):
             last_use[_resolve(var, graph)] = step
-    last_use[result] = len(graph.bindings)
+    last_use.update(dict.fromkeys(results, len(graph.bindings)))
 
     workspace = _Workspace()
     places: dict[relax.Var, _Place] = {
@@ -229,8 +230,8 @@ def _run_function(
     calls: list[_KernelCall] = []
     for step, (var, value) in enumerate(graph.bindings):
         if is_op(value, "call_tir"):
-            if var == result:
-                places[var] = ("y", _START)
+            if var in results:
+                places[var] = (results[var], _START)
             else:
                 places[var] = ("workspace", workspace.place(var))
             arguments = [*value.args[1].fields, var]
@@ -247,7 +248,7 @@ def _run_function(
         for read in {_resolve(v, graph) for v in variables(value)}:
             if last_use.get(read) == step:
                 workspace.release(read)
-    if places.get(result, ("", _START))[0] != "y":
+    if any(places.get(var, ("", _START))[0] != name for var, name in results.items()):
         raise UnsupportedModelError("the model runs no kernel: its output is its input or constant")
     workspace.sizes = workspace.sizes or {(): ALIGNMENT}
     return RunFunction(_emit(graph, calls, kernels, tensors.bytes, workspace), workspace.by_name())
@@ -266,14 +267,13 @@ def _emit(
     for region in sorted(workspace.sizes):
         starts[region] = end
         end = end + workspace.sizes[region] * dims.rows(region)
-    y_shape = dims.shape(dims_of(shape_of(graph.func.body.body)))
     known = isinstance(end, int)
     workspace_bytes = end if known else tirx.Var("workspace_bytes", "int64")
     buffers = {
         **{name: _buffer(name, param, dims) for name, param in _inputs(graph.func).items()},
         "tensors": tirx.decl_buffer((tensor_bytes,), "uint8", "tensors"),
         "workspace": tirx.decl_buffer((workspace_bytes,), "uint8", "workspace"),
-        "y": tirx.decl_buffer(y_shape, "float32", "y"),
+        **{name: _buffer(name, expr, dims) for name, expr in _results(graph).items()},
     }
 
     def address(place: _Place) -> tirx.PrimExpr:
@@ -310,8 +310,18 @@ def _inputs(func: relax.Function) -> dict[str, relax.Var]:
     return {"x": arrays[0], **{param.name: param for param in arrays[1:]}}
 
 
-def _buffer(name: str, param: relax.Var, dims: DimVars) -> tirx.Buffer:
-    return tirx.decl_buffer(dims.shape(dims_of(shape_of(param))), str(param.ty.dtype), name)
+def _results(graph: Graph) -> dict[str, relax.Expr]:
+    """Return what a function returns, by the name of its argument: ``y``, or ``y_0``, ``y_1``.."""
+    expr: relax.Expr = graph.func.body.body
+    while isinstance(graph.values.get(expr), relax.Var | relax.Tuple):
+        expr = graph.values[expr]
+    if isinstance(expr, relax.Tuple):
+        return {f"y_{i}": field for i, field in enumerate(expr.fields)}
+    return {"y": expr}
+
+
+def _buffer(name: str, expr: relax.Expr, dims: DimVars) -> tirx.Buffer:
+    return tirx.decl_buffer(dims.shape(dims_of(shape_of(expr))), str(expr.ty.dtype), name)
 
 
 def _resolve(expr: relax.Expr, graph: Graph) -> relax.Var:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from schedules.common.half_types import HALF_TYPES
+
 from .errors import CompileError
 
 FLOAT32 = "float32"
 CPU_DTYPES = (FLOAT32,)
-CUDA_DTYPES = (FLOAT32, "float16")
+CUDA_DTYPES = (FLOAT32, *HALF_TYPES)
 
 
 def check_dtype(dtype: str, target: str, *, on_gpu: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 # Tensors lie at multiples of it, in the file and in memory, since kernels read whole vectors.
 ALIGNMENT = 64
 
-# Bytes of an element, by NumPy's name of the type.
+# Bytes of an element, by the name of its type: NumPy's, and ml_dtypes' of bfloat16.
 ITEM_SIZES = {
     "bool": 1,
     "int8": 1,
@@ -18,6 +18,7 @@ ITEM_SIZES = {
     "int16": 2,
     "uint16": 2,
     "float16": 2,
+    "bfloat16": 2,
     "int32": 4,
     "uint32": 4,
     "float32": 4,
@@ -64,7 +65,7 @@ class Field:
         if type(value) not in self.types:  # exact: True is not an int here
             wanted = " or ".join(_JSON_NAMES[t] for t in self.types)
             return f"{where} must be {wanted}, found {_shorten(value)}"
-        if isinstance(value, int) and value < self.least:
+        if type(value) is int and value < self.least:
             return f"{where} must be at least {self.least}, found {_shorten(value)}"
         if isinstance(value, str) and self.pattern and not re.fullmatch(self.pattern, value):
             return f"{where} must match {self.pattern}, found {_shorten(value)}"
@@ -85,6 +86,7 @@ class Field:
 _JSON_NAMES = {
     str: "a string",
     int: "an integer",
+    bool: "true or false",
     list: "a list",
     dict: "an object",
     type(None): "null",
@@ -132,6 +134,17 @@ _STREAM = Field(
         "workspace": Field(dict),
     },
 )
+_WINDOW = Field(
+    dict,
+    fields={
+        "name": Field(str, pattern=r".+"),
+        "input_width": Field(int),
+        "widths": Field(list, items=Field(int)),
+        "workspace": Field(dict),
+        "entries": Field(dict),
+    },
+)
+_WINDOW_ENTRY = Field(dict, fields={"name": Field(str, pattern=r".+"), "workspace": Field(dict)})
 _SYMBOLIC_ARRAY = Field(
     dict,
     fields={
@@ -219,7 +232,12 @@ def manifest_problem(manifest: object) -> str | None:
     entries = manifest["entries"]
     if not entries:
         return "entries must not be empty"
+    # Older files do not have it.
+    if wrong := Field(bool).problem(manifest.get("fast_products", False), "fast_products"):
+        return wrong
     if wrong := _stream_problem(manifest.get("stream")):
+        return wrong
+    if wrong := _window_problem(manifest.get("window")):
         return wrong
     if wrong := _symbolic_problem(manifest.get("symbolic_entries", [])):
         return wrong
@@ -238,11 +256,35 @@ def _stream_problem(stream: object) -> str | None:
     if wrong := _STREAM.problem(stream, "stream"):
         return wrong
     assert isinstance(stream, dict)
-    for region, size in stream["workspace"].items():
-        where = f"stream.workspace.{region}"
+    return _regions_problem(stream["workspace"], "stream.workspace")
+
+
+def _window_problem(window: object) -> str | None:
+    """Return what is wrong with the field about windows, which older files do not have."""
+    if window is None:
+        return None
+    if isinstance(window, dict) and "left_out" in window:
+        return Field(str).problem(window["left_out"], "window.left_out")
+    if wrong := _WINDOW.problem(window, "window"):
+        return wrong
+    assert isinstance(window, dict)
+    if wrong := _regions_problem(window["workspace"], "window.workspace"):
+        return wrong
+    for name, entry in window["entries"].items():
+        where = f"window.entries.{name}"
+        if wrong := _WINDOW_ENTRY.problem(entry, where):
+            return wrong
+        if wrong := _regions_problem(entry["workspace"], f"{where}.workspace"):
+            return wrong
+    return None
+
+
+def _regions_problem(workspace: Mapping[str, object], where: str) -> str | None:
+    """Return what is wrong with bytes of workspace by region."""
+    for region, size in workspace.items():
         if not set(region.split("*")) <= {"batch", "seq_len", "fixed"}:
-            return f"{where} is no product of batch and seq_len"
-        if wrong := Field(int, least=0).problem(size, where):
+            return f"{where}.{region} is no product of batch and seq_len"
+        if wrong := Field(int, least=0).problem(size, f"{where}.{region}"):
             return wrong
     return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from reference import MegaConfig
 from reference.config import ConfigError
 
+from .dtypes import FLOAT32
 from .errors import CompileError
 
 DEFAULT_EMBED_DIM = 287  # the documented usage of Edifice's Mega
@@ -54,6 +55,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=[1],
         metavar="N[,N..]",
         help="batch sizes to compile for (default: 1)",
+    )
+    add(
+        "--dtype",
+        default=FLOAT32,
+        metavar="NAME",
+        help="type of weights and activations: float32 (default); float16 or bfloat16 on GPUs",
     )
 
 

@@ -44,6 +44,8 @@ from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functi
 from .packing import pack_phase
 from .passes import GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
+from .passes.fast_products import fast_products as fast_products_pass
+from .passes.split_window import WindowSplit, split_of, without_windows
 from .symbolic_entry import BATCH, FIXED, SEQ_LEN, workspace_bytes
 from .targets import CpuTarget
 from .tuning.lookup import TunedSchedules
@@ -68,6 +70,8 @@ class Compiled:
         a GPU, bytes that all entries take.
     states : dict of str to list
         Of an entry that carries state, ``kind`` and ``width`` of each array, in order.
+    windows : WindowSplit or None
+        The functions of windows.
     kernels : list of dict
         Per kernel: ``name``, ``op``, ``spec`` (None for operators that are not Mega's),
         ``schedule`` (its source) and ``calls`` (over all entries); for a GPU also ``launches``, the
@@ -80,6 +84,7 @@ class Compiled:
     tensors: list[npt.NDArray[Any]]
     workspaces: dict[str, dict[str, int]]
     states: dict[str, list[dict[str, Any]]]
+    windows: WindowSplit | None
     kernels: list[dict[str, Any]]
     seconds: dict[str, float]
 
@@ -108,11 +113,18 @@ class Compiled:
         return result
 
 
+def passes_of(target: CpuTarget | CudaTarget, dtype: str) -> tuple[tvm.transform.Pass, ...]:
+    """Return the passes of the graph phase for a target and a type of weights and activations."""
+    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
+    return passes if dtype == FLOAT32 else (*passes, narrow_tensors(dtype))
+
+
 def run_pipeline(
     mod: tvm.IRModule,
     target: CpuTarget | CudaTarget,
     *,
     dtype: str = FLOAT32,
+    fast_products: bool = False,
     tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
@@ -129,6 +141,8 @@ def run_pipeline(
         A CudaTarget takes entries of known shapes alone, without state.
     dtype : str
         Type of weights and activations: `mega_tvm.dtypes`.
+    fast_products : bool
+        Multiply by Strassen's method where that pays: `mega_tvm.passes.fast_products`. For CPUs.
     tuned : TunedSchedules, optional
         Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
@@ -167,8 +181,11 @@ def run_pipeline(
         passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
         if dtype != FLOAT32:
             passes = (*passes, narrow_tensors(dtype))
+        if fast_products:
+            passes = (*passes, fast_products_pass)
+        passes = passes_of(target, dtype)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
-        states = states_of(mod)
+        states, windows = states_of(mod), split_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))
         scheduled: dict[str, ScheduledKernel] = {}
         mod = phase("schedule", lambda: schedule_phase(mod, tvm_target, scheduled, tuned))
@@ -183,14 +200,14 @@ def run_pipeline(
                 kernel["launches"] = _launches(kernel["name"], launch_threads(executable))
         else:
             mod, workspaces = add_run_functions(mod, tensors)
-            mod = without_state(mod)
+            mod = without_windows(without_state(mod))
             executable = phase("lower", lambda: lower_phase(mod, tvm_target))
     if debug_dump is not None and isinstance(target, CudaTarget):
         _write(debug_dump / "5_lower.cu", generated_source(executable))
     elif debug_dump is not None:
         assembly = executable.mod.imports[0].inspect_source("asm")
         _write(debug_dump / "5_lower.s", assembly)
-    return Compiled(executable, tensors, workspaces, states, kernels, seconds)
+    return Compiled(executable, tensors, workspaces, states, windows, kernels, seconds)
 
 
 def check_pass_names(names: Collection[str]) -> None:

@@ -21,8 +21,9 @@ from tvm.ir.expr import GenericConst
 from schedules.cached_attention.naive import CachedAttentionSpec
 from schedules.cached_attention.naive import cached_attention as naive_cached_attention
 from schedules.common.dims import Dim, Extent
+from schedules.common.half_types import HALF_TYPES
 from schedules.common.spec import KernelSpec
-from schedules.common.storage import FLOAT32, NARROW, stored_as
+from schedules.common.storage import FLOAT32, stored_as
 from schedules.dense.naive import DenseSpec
 from schedules.dense.naive import dense as naive_dense
 from schedules.ema_scan.naive import EmaScanSpec
@@ -100,8 +101,8 @@ def call_kernel(
     """Legalize a call to that of a kernel, on tensors of the types that the call has."""
     name = str(spec.name)  # type: ignore[attr-defined]
     dtypes = [_dtype_of(tensor) for tensor in (*call.args, call)]
-    if narrow := set(dtypes) & NARROW:
-        func = stored_as(func, [dtype if dtype in narrow else FLOAT32 for dtype in dtypes])
+    if half := set(dtypes) & set(HALF_TYPES):
+        func = stored_as(func, [dtype if dtype in half else FLOAT32 for dtype in dtypes])
         name += f"_{dtypes[0]}"
     # 8 is kOpaque: TVM's fusion must not merge a kernel that has its own schedule.
     gvar = bb.add_func(func.with_attr("op_pattern", 8), name)

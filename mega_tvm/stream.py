@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm_ffi
 
 from mega_tvm.errors import (
     InputError,
@@ -28,19 +27,15 @@ from mega_tvm.errors import (
     StreamFullError,
     StreamUnsupportedError,
 )
-from mega_tvm.inputs import aligned_empty, as_frames, positive
+from mega_tvm.inputs import as_frames, as_output, positive
+from mega_tvm.stream_feed import Feeder
 from mega_tvm.stream_state import Snapshot, StreamEntry, StreamState
-from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 
 if TYPE_CHECKING:
-    from mega_tvm.runtime import Model
+    from mega_tvm.model import Model
 
 Array = npt.NDArray[np.float32]
 ON_FULL = ("error", "slide")
-
-# Rows (streams times frames) that a call of prefill's pieces aims at: enough for full register
-# tiles, few enough that a piece's intermediates (0.7 MB at hidden size 256) stay in L2.
-PREFILL_ROWS = 128
 
 
 class Stream:
@@ -78,15 +73,8 @@ class Stream:
                 f"on_full must be {' or '.join(map(repr, ON_FULL))}, found {on_full!r}"
             )
         self._slides = on_full == "slide"
-        self._piece = max(1, PREFILL_ROWS // batch)  # frames
         self._state = StreamState(entry, batch, max_len)
-        self._x = aligned_empty((batch * self._piece * entry.input_width,))
-        self._y = aligned_empty((batch, *entry.output_shape))
-        size = workspace_bytes(entry.workspace, {BATCH: batch, SEQ_LEN: self._piece})
-        workspace = aligned_empty((-(-size // 4) + 1,)).view(np.uint8)
-        self._workspace = _tensor(workspace)
-        self._step_x = self._x[: batch * entry.input_width].reshape(batch, -1)
-        self._step_arguments = self._arguments(slice(0, batch), 1)
+        self._feeder = Feeder(model, entry, run, self._state)
 
     def __repr__(self) -> str:
         on_full = "slide" if self._slides else "error"
@@ -115,14 +103,14 @@ class Stream:
         """Bytes of the state."""
         return self._state.nbytes
 
-    def step(self, x_t: Any, *, out: Array | None = None, check_finite: bool = False) -> Array:
+    def step(self, x_t: Any, *, out: Any = None, check_finite: bool = False) -> Array:
         """Feed one frame to each row.
 
         Parameters
         ----------
         x_t : array
             float32 ``[batch, embed]``, a NumPy array or anything on the CPU that exports DLPack.
-        out : ndarray, optional
+        out : array, optional
             float32, of the output's shape: takes the result, and nothing is allocated.
         check_finite : bool, default False
             Refuse NaN and infinity, which spread to all later outputs of the row otherwise.
@@ -141,15 +129,14 @@ class Stream:
             If a row holds ``max_len`` frames and the stream does not slide; likewise.
         """
         x = self._checked(x_t, (self._batch, self._entry.input_width), check_finite)
-        self._check_out(out, self._batch)
+        if out is not None:
+            out = self._output(out, self._batch)
         if self._state.longest >= self._max_len and not self._slides:
             raise StreamFullError(self._full_message(1))
-        np.copyto(self._step_x, x)
-        self._call(self._step_arguments)
-        self._state.advance()
+        y = self._feeder.step(x)
         if out is None:
-            return self._y.copy()
-        np.copyto(out, self._y)
+            return y.copy()
+        np.copyto(out, y)
         return out
 
     def prefill(
@@ -157,7 +144,7 @@ class Stream:
         x: Any,
         *,
         rows: Sequence[int] | None = None,
-        out: Array | None = None,
+        out: Any = None,
         check_finite: bool = False,
     ) -> Array:
         """Feed many frames to each row, at the cost of a full run on them.
@@ -168,7 +155,7 @@ class Stream:
             float32 ``[batch, n, embed]``, or ``[len(rows), n, embed]``.
         rows : sequence of int, optional
             The rows that get them, ascending; all by default.
-        out : ndarray, optional
+        out : array, optional
             As for `step`.
         check_finite : bool, default False
 
@@ -189,7 +176,8 @@ class Stream:
         n = x.shape[1]
         if n == 0:
             raise InputError("expected at least one frame, found none")
-        self._check_out(out, len(chosen))
+        if out is not None:
+            out = self._output(out, len(chosen))
         if not self._slides and self._state.lengths[chosen].max() + n > self._max_len:
             raise StreamFullError(self._full_message(n))
         if out is None:
@@ -197,7 +185,7 @@ class Stream:
         done = 0
         for run in _runs(chosen):
             end = done + run.stop - run.start
-            out[done:end] = self._feed(run, x[done:end])
+            out[done:end] = self._feeder.feed(run, x[done:end])
             done = end
         self._state.recount()
         return out
@@ -258,59 +246,11 @@ class Stream:
         tensors = self._model.metadata["tensors"]["sha256"]
         return digest, tensors, self._batch, self._max_len, self._slides
 
-    def _feed(self, run: slice, x: Array) -> Array:
-        """Feed frames to neighbouring rows, in pieces; return the last one's output."""
-        batch, n = x.shape[:2]
-        done = 0
-        while done < n:
-            # A piece must not wrap around a cache: its first queries would miss rows that its last
-            # frames have replaced. Full caches take one frame at a time.
-            room = max(1, self._max_len - int(self._state.lengths[run].max()))
-            frames = min(n - done, self._piece, room)
-            arguments = self._arguments(run, frames)
-            piece = self._x[: batch * frames * x.shape[2]].reshape(batch, frames, -1)
-            np.copyto(piece, x[:, done : done + frames])
-            self._call(arguments)
-            self._state.lengths[run] += frames
-            done += frames
-        return self._y[:batch]
-
-    def _arguments(self, run: slice, frames: int) -> tuple[tvm_ffi.Tensor, ...]:
-        """Return what the entry's function takes, for some frames to neighbouring rows."""
-        batch, width = run.stop - run.start, self._entry.input_width
-        x = self._x[: batch * frames * width].reshape(batch, frames, width)
-        return (
-            _tensor(x),
-            _tensor(self._state.lengths[run]),
-            *(_tensor(array[run]) for array in self._state.arrays),
-            self._model._tensors.block,
-            self._workspace,
-            _tensor(self._y[:batch]),
-        )
-
-    def _call(self, arguments: tuple[tvm_ffi.Tensor, ...]) -> None:
-        model = self._model
-        stand_in = model._library.use_threads(model.num_threads)
-        run = self._run
-        try:
-            status = run(*arguments) if stand_in is None else stand_in(run, *arguments)
-        except (TypeError, ValueError, RuntimeError) as error:  # the library's own checks
-            raise model.mismatch(error) from error
-        if status != 0:
-            raise MegaError(f"a kernel of {self._entry.name} failed: out of memory")
-
     def _checked(self, x: Any, shape: tuple[int | None, ...], check_finite: bool) -> Array:
         return as_frames(x, shape, check_finite, f"; this stream has batch {self._batch}")
 
-    def _check_out(self, out: Array | None, rows: int) -> None:
-        if out is None:
-            return
-        shape = (rows, *self._entry.output_shape)
-        if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.float32:
-            found = f"{getattr(out, 'dtype', type(out).__name__)} {list(getattr(out, 'shape', ()))}"
-            raise InputError(f"expected out to be a float32 array {list(shape)}, found {found}")
-        if not out.flags.writeable:
-            raise InputError("expected out to be writable, found a read-only array")
+    def _output(self, out: Any, rows: int) -> Array:
+        return as_output(out, (rows, *self._entry.output_shape))
 
     def _rows(self, rows: Sequence[int]) -> npt.NDArray[np.intp]:
         chosen = np.asarray(rows)
@@ -334,7 +274,7 @@ def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> 
     if reason := description.get("left_out"):
         raise StreamUnsupportedError(f"this model cannot stream: {reason}")
     entry = StreamEntry.from_manifest(description)
-    run = model._function(entry.name)
+    run = model.function(entry.name)
     if max_len is None:
         max_len = max(e["seq_len"] for e in model.metadata["entries"])
     try:
@@ -345,12 +285,6 @@ def make_stream(model: Model, batch: int, max_len: int | None, on_full: str) -> 
             f"a stream of batch {batch} and max_len {max_len} keeps {4 * batch * row:,} bytes of "
             "state, and needs more to compute, which this process cannot have; make it smaller"
         ) from error
-
-
-def _tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:
-    # Without a check of its alignment: all arrays and rows of states start at cache lines, but for
-    # lengths, which are read one by one.
-    return tvm_ffi.from_dlpack(array)
 
 
 def _runs(rows: npt.NDArray[np.intp]) -> Iterator[slice]:

@@ -92,7 +92,7 @@ class StreamState:
     """
 
     def __init__(self, entry: StreamEntry, batch: int, max_len: int) -> None:
-        self._max_len = max_len
+        self.max_len = max_len
         self.lengths = aligned_empty((batch * 2,)).view(np.int64)
         self.arrays = [
             aligned_empty((batch, width) if kind == "ema" else (batch, max_len, width))
@@ -130,7 +130,7 @@ class StreamState:
         if len(moved) == 0:
             return
         source = source[moved]
-        used = min(int(self.lengths[source].max()), self._max_len)
+        used = min(int(self.lengths[source].max()), self.max_len)
         self.lengths[moved] = self.lengths[source]
         for array in self._ema:
             array[moved] = array[source]
@@ -142,7 +142,7 @@ class StreamState:
 
     def snapshot(self, origin: tuple[Any, ...]) -> Snapshot:
         """Return a copy."""
-        used = min(self.longest, self._max_len)
+        used = min(self.longest, self.max_len)
         arrays = (a.copy() if a.ndim == 2 else a[:, :used].copy() for a in self.arrays)
         return Snapshot(self.lengths.copy(), tuple(arrays), origin)
 

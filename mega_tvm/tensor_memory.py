@@ -29,11 +29,16 @@ class Tensors:
     block : tvm_ffi.Tensor
         All bytes, as in the file, uint8.
     views : tvm_ffi.Array of tvm_ffi.Tensor
-        Each tensor; the block lives as long as any of them.
+        Each tensor, bfloat16 as uint16; the block lives as long as any of them.
     """
 
     block: tvm_ffi.Tensor
     views: tvm_ffi.Array
+
+
+def array_type(dtype: str) -> str:
+    """Return NumPy's type for a tensor's elements: it has no bfloat16, whose bits are uint16."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tensors:
@@ -53,7 +58,8 @@ def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tens
     views = []
     for item in manifest["tensors"]["items"]:
         count = int(np.prod(item["shape"], dtype=np.int64))
-        array = np.frombuffer(blob, item["dtype"], count, item["offset"]).reshape(item["shape"])
+        dtype = array_type(item["dtype"])
+        array = np.frombuffer(blob, dtype, count, item["offset"]).reshape(item["shape"])
         views.append(tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT))
     # Without tensors, kernels read none: any byte will do, and they expect one.
     block = np.frombuffer(blob, np.uint8) if len(blob) else aligned_empty((1,)).view(np.uint8)[:1]

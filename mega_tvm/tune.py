@@ -12,6 +12,7 @@ from typing import Any
 from reference import MegaConfig
 
 from .console import console, print_settings, run_command
+from .dtypes import FLOAT32, check_dtype
 from .errors import TuningError
 from .model_arguments import DEFAULT_EMBED_DIM, add_model_options, input_file, model_options
 
@@ -125,6 +126,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     source = resolve_model(model, options, arguments.seed)
     config = source.config  # None: an ONNX file of other layers, whose shapes it tells itself
     target = resolve_target(arguments.target)
+    check_dtype(arguments.dtype, arguments.target, on_gpu=isinstance(target, CudaTarget))
     if isinstance(target, CudaTarget):
         if arguments.threads != 1:
             raise TuningError(f"target {target.name}: --threads is for CPUs; leave it out")
@@ -144,6 +146,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             **{f"config.{k}": value for k, value in (config.to_dict() if config else {}).items()},
             "batch": ", ".join(map(str, arguments.batch)),
             "seq_len": ", ".join(map(str, lengths)),
+            "dtype": arguments.dtype,
             "threads": arguments.threads,
             "trials": arguments.trials,
             "seed": arguments.seed,
@@ -153,7 +156,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
     shapes = input_shapes(source, arguments.batch, arguments.seq_len, None)
     with out.status("extracting kernels"):
-        kernels = extract_kernels(source.module, shapes, target, arguments.threads)
+        kernels = extract_kernels(source.module, shapes, target, arguments.threads, arguments.dtype)
     with Pool(arguments.threads, workers=arguments.workers, tracker=tracker) as pool:
         session = Session(
             kernels,
@@ -184,7 +187,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         f"{trials} trials in {seconds:.0f} s"
         + (f" ({seconds / trials:.2f} s a trial)" if trials else "")
         + f"; use them: python -m mega_tvm.compile --tuning-log {arguments.tuning_log} "
-        + (f"--target {target.name}" if on_gpu else f"--threads {arguments.threads}"),
+        + (f"--target {target.name}" if on_gpu else f"--threads {arguments.threads}")
+        + ("" if arguments.dtype == FLOAT32 else f" --dtype {arguments.dtype}"),
         markup=False,
     )
     return 0

@@ -6,14 +6,11 @@
 The output is that of a full run on the frames in the window, to the bit. Unlike a stream's, it does
 not depend on older frames.
 
-What can be saved. As the window slides, a frame keeps its row of the input projection and, in the
-first block, of the layer norm and of the projection of the moving average. All else changes: the
-moving average starts at zero at the window's start, so that its states differ at every frame, and
-with them all that follows. At 60 frames of the default model (embed 287, hidden 256, 4 layers)
-those rows are 3% of the arithmetic, and a model without an input projection runs 2.3% faster (2860
-us, not 2929, one thread of a Zen 4): that much a further entry, compiled and stored beside the
-others, could save. It does not pay, so they are computed anew. What is saved is a copy: frames lie
-in the memory that the kernels read, and a push moves them by one place.
+What is saved. As the window slides, a frame keeps its row of the input projection, which is
+computed once, when the frame comes. In the first block the rows of the layer norm and of the
+projection of the moving average do not change either, but are computed anew, lest bits differ: see
+`mega_tvm.passes.split_window`. All else changes: the moving average starts at zero at the window's
+start, so that its states differ at every frame, and with them all that follows.
 """
 
 from __future__ import annotations
@@ -23,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mega_tvm.errors import InputError
-from mega_tvm.inputs import aligned_empty, as_frames, positive
+from mega_tvm.errors import InputError, MegaError
+from mega_tvm.inputs import as_frames, as_output, positive
+from mega_tvm.sliding_rows import SlidingRows
+from mega_tvm.window_entry import WindowEntry
 
 if TYPE_CHECKING:
-    from mega_tvm.runtime import Model
+    from mega_tvm.entries import Entry
+    from mega_tvm.model import Model
 
 Array = npt.NDArray[np.float32]
 
@@ -40,17 +40,25 @@ class Window:
     Parameters
     ----------
     model : Model
-    frames : ndarray
-        float32 ``[batch, seq_len, embed]``, aligned: memory for the window to keep.
+    entry : Entry
+        What a full run uses; an attribute too.
+    saving : WindowEntry or None
+        What runs the window from the rows that frames keep; without, each push is a full run.
     """
 
-    def __init__(self, model: Model, frames: Array) -> None:
+    def __init__(self, model: Model, entry: Entry, saving: WindowEntry | None) -> None:
         self._model = model
-        self._frames = frames
+        self.entry = entry
+        self._shape = entry.input_shape
+        self._output_shape = entry.output_shape
+        self._saving = saving
+        batch, seq_len, width = entry.input_shape
+        self._frames = SlidingRows(batch, seq_len, width, for_kernels=saving is None)
         self._length = 0
+        self._new = 0  # frames since the last run that saved rows
 
     def __repr__(self) -> str:
-        batch, seq_len, _ = self._frames.shape
+        batch, seq_len, _ = self._shape
         return f"<mega_tvm.Window batch={batch}, {self._length} of {seq_len} frames>"
 
     def __len__(self) -> int:
@@ -59,12 +67,15 @@ class Window:
 
     @property
     def frames(self) -> Array:
-        """The frames that it holds, the newest last: a read-only view ``[batch, len, embed]``."""
-        view = self._frames[:, : self._length]
+        """The frames that it holds, the newest last: a read-only view ``[batch, len, embed]``.
+
+        It is valid until the next frame.
+        """
+        view = self._frames.array[:, self._shape[1] - self._length :]
         view.flags.writeable = False
         return view
 
-    def push(self, x_t: Any, *, check_finite: bool = False) -> Array:
+    def push(self, x_t: Any, *, out: Any = None, check_finite: bool = False) -> Array:
         """Add one frame to each row, drop the oldest if the window is full, and run the model.
 
         Until the window is full the run is on the frames so far; the model must have been compiled
@@ -74,30 +85,39 @@ class Window:
         ----------
         x_t : array
             float32 ``[batch, embed]``, a NumPy array or anything on the CPU that exports DLPack.
+        out : array, optional
+            float32, of the output's shape: takes the result.
         check_finite : bool, default False
             Refuse NaN and infinity.
 
         Returns
         -------
         ndarray
-            ``[batch, hidden]``, with memory of its own.
+            ``[batch, hidden]``: the memory of ``out``, or an array with memory of its own.
 
         Raises
         ------
         InputError
-            If ``x_t`` has another shape or dtype, or the model does not run the frames so far; the
-            window is as before.
+            If ``x_t`` or ``out`` has another shape or dtype, or the model does not run the frames
+            so far; the window is as before.
         """
-        batch, seq_len, width = self._frames.shape
+        batch, seq_len, width = self._shape
         x = as_frames(x_t, (batch, width), check_finite)
-        if self._length == seq_len:
-            self._move(1)
-            self._frames[:, -1] = x
-            return self._model(self._frames)
-        self._frames[:, self._length] = x
-        y = self._model(self._frames[:, : self._length + 1])
-        self._length += 1
-        return y
+        length = min(self._length + 1, seq_len)
+        if length < seq_len:
+            self._model.entry_at((batch, length, width))  # raises InputError
+        if out is not None:
+            out = as_output(out, self._output_shape)
+        self._add(x[:, None])
+        if self._saving is None or length < seq_len:
+            return self._model(self.frames if length < seq_len else self._frames.array, out=out)
+        y = self._saving.run(self._frames, self._new)
+        self._new = 0
+        if out is None:
+            return y.copy()
+        np.copyto(out, y)
+        target: Array = out
+        return target
 
     def fill(self, x: Any, *, check_finite: bool = False) -> None:
         """Add frames without a run: those at hand at the start, or missed ones.
@@ -108,24 +128,20 @@ class Window:
             float32 ``[batch, n, embed]``; of more than ``seq_len`` frames, the last ones stay.
         check_finite : bool, default False
         """
-        batch, seq_len, width = self._frames.shape
+        batch, seq_len, width = self._shape
         x = as_frames(x, (batch, None, width), check_finite)[:, -seq_len:]
-        n = x.shape[1]
-        dropped = max(0, self._length + n - seq_len)
-        self._move(dropped)
-        self._length += n - dropped
-        self._frames[:, self._length - n : self._length] = x
+        if x.shape[1]:
+            self._add(x)
 
     def reset(self) -> None:
         """Drop all frames."""
-        self._length = 0
+        self._length = self._new = 0
 
-    def _move(self, places: int) -> None:
-        """Move the frames towards the start, over the oldest."""
-        if places:
-            kept = self._length - places
-            for row in self._frames:
-                row[:kept] = row[places : self._length]
+    def _add(self, x: Array) -> None:
+        n, seq_len = x.shape[1], self._shape[1]
+        self._frames.append(x)
+        self._length = min(self._length + n, seq_len)
+        self._new = min(self._new + n, seq_len)
 
 
 def make_window(model: Model, batch: int, seq_len: int | None) -> Window:
@@ -134,8 +150,14 @@ def make_window(model: Model, batch: int, seq_len: int | None) -> Window:
     if len(first) != 3:
         raise InputError(f"expected a model of [batch, seq_len, embed]; this one takes {first}")
     length = first[1] if seq_len is None else seq_len
-    shape = (positive("batch", batch), length, first[2])
-    model.entry_at(shape)  # raises InputError, which lists what runs
-    frames = aligned_empty(shape)
-    frames[...] = 0
-    return Window(model, frames)
+    # Raises InputError, which lists what runs.
+    entry = model.entry_at((positive("batch", batch), length, first[2]))
+    description = model.metadata.get("window") or {}
+    saves = entry.name in description.get("entries", ())
+    try:
+        return Window(model, entry, WindowEntry(model, description, entry) if saves else None)
+    except MemoryError as error:
+        raise MegaError(
+            f"a window of shape {list(entry.input_shape)} needs memory that this process cannot "
+            "have; make it smaller"
+        ) from error

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..dtypes import CPU_DTYPES, CUDA_DTYPES, FLOAT32
 from .environment import QUIET_LOAD, hardware, pin
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, default=1, metavar="N", help="threads and cores of each")
     add("--batch", type=_positive, metavar="N", help="another batch for all workloads")
     add("--seq-len", type=_positive, metavar="N", help="another length for all workloads")
-    add("--dtype", choices=["float32"], default="float32", help="type of all arithmetic")
+    add(
+        "--dtype",
+        choices=CUDA_DTYPES,
+        default=FLOAT32,
+        help="type of weights and activations; another than float32 is for --device cuda",
+    )
+    add("--fast-products", action="store_true", help="ours compiled with this option")
     add("--rounds", type=_positive, default=15, metavar="N", help="interleaved rounds (15)")
     add("--turn-ms", type=_positive, default=100, metavar="MS", help="a contestant's turn (100)")
     add("--limit", type=_positive, default=120, metavar="S", help="fewer rounds if longer (120)")
@@ -59,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .cuda_command import run_on_gpu
 
         return run_on_gpu(p, options)
+    if options.dtype not in CPU_DTYPES:
+        p.error(f"--dtype {options.dtype} is for --device cuda")
     from rich.console import Console
 
     from .peers import select_peers
@@ -94,6 +103,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         limit_s=options.limit,
         cold=options.cold,
         memory=options.memory,
+        fast_products=options.fast_products,
     )
 
 
@@ -118,7 +128,8 @@ def _run(console: Console, settings: Settings, options: argparse.Namespace) -> i
             value = getattr(options, flag[2:].replace("-", "_"))
             if value is not None and value != p.get_default(flag[2:].replace("-", "_")):
                 command += [flag, str(value)]
-        command += [flag for flag in ("--cold", "--memory") if getattr(options, flag[2:])]
+        flags = ("--cold", "--memory", "--fast-products")
+        command += [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
         return shlex.join(command)
 
     machine = hardware()

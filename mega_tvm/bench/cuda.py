@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FLOAT32
+from ..tolerances import TOLERANCES
 from .ceilings import Ceilings
 from .cuda_clock import Clock, L2Evictor
 from .cuda_peers import OURS, PEERS, Call
@@ -74,10 +76,13 @@ def run(
     *,
     rounds: int,
     cold: bool,
+    dtype: str = FLOAT32,
     device: str = "cuda",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Measure all peers on all workloads; each output is checked against the oracle first.
+
+    Rates of a half type are shares of the fp16 product's, at which GPUs multiply bfloat16 too.
 
     Returns
     -------
@@ -85,6 +90,10 @@ def run(
         In the order of workloads and peers; of PyTorch also the graph that is pruned by hand.
     """
     evict = L2Evictor(device) if cold else None
+    item, tolerance = 4, TOLERANCE
+    if dtype != FLOAT32:
+        item, tolerance = 2, TOLERANCES[dtype].max_abs
+        ceilings = dataclasses.replace(ceilings, fma_gflops=ceilings.fp16_gflops)
     rows: list[Row] = []
     for workload in workloads:
         params, x = random_params(workload.config), random_input(workload)
@@ -97,22 +106,22 @@ def run(
                 row = Row(workload.name, name, pruned, reproduce=reproduce(workload, name))
                 say(f"{workload.name}: preparing {row.name}")
                 try:
-                    call = PEERS[name](workload, params, pruned, device)
+                    call = PEERS[name](workload, params, pruned, device, dtype)
                     error = relative_error(_on_cpu(call(on_device)), expected)
                 except Exception as fault:  # a peer's failure is a row, whatever it raises
                     reason = f"{type(fault).__name__}: {str(fault).strip()[:200]}"
                     rows.append(dataclasses.replace(row, skipped=reason))
                     continue
-                if error > TOLERANCE:
-                    reason = f"wrong output, error {error:.1e} > {TOLERANCE:.0e}"
+                if error > tolerance:
+                    reason = f"wrong output, error {error:.1e} > {tolerance:.0e}"
                     rows.append(dataclasses.replace(row, skipped=reason))
                     continue
                 calls[len(rows)] = call
-                rows.append(dataclasses.replace(row, error=error, form="float32"))
+                rows.append(dataclasses.replace(row, error=error, form=dtype))
         say(f"{workload.name}: measuring {len(calls)} contestants")
         warm = _interleaved(calls, on_device, clock, rounds, None)
         emptied = _interleaved(calls, on_device, clock, rounds, evict) if evict else {}
-        weight_bytes = sum(value.nbytes for value in params.values())
+        weight_bytes = item * sum(value.size for value in params.values())
         for index, timing in warm.items():
             row = dataclasses.replace(rows[index], warm=timing, cold=emptied.get(index))
             rows[index] = with_rates(row, workload, calls[index], weight_bytes, ceilings)

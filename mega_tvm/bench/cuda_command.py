@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from schedules.common.half_types import HALF_TYPES
+
+from ..dtypes import FLOAT32
+
 if TYPE_CHECKING:
     from .cuda import CudaCeilings
     from .runner import Row
@@ -28,6 +32,8 @@ def run_on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     for name in _FOR_CPUS:
         if getattr(options, name):
             parser.error(f"--{name} is for --device cpu; with cuda there are a table and --json")
+    if options.fast_products:
+        parser.error("--fast-products is for CPUs")
     if options.threads != 1:
         parser.error("--threads is for --device cpu")
     from .cuda_peers import PEERS
@@ -54,6 +60,8 @@ def run_on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             value = getattr(options, flag[2:].replace("-", "_"))
             if value is not None and value != parser.get_default(flag[2:].replace("-", "_")):
                 command += [flag, str(value)]
+        if options.dtype != FLOAT32:
+            command += ["--dtype", options.dtype]
         return shlex.join([*command, *(["--cold"] if options.cold else [])])
 
     out = Console(width=160, highlight=False)
@@ -64,7 +72,7 @@ def run_on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     with out.status("starting") as status:
         rows = run(
             workloads, peers, clock, ceilings, reproduce,
-            rounds=options.rounds, cold=options.cold, say=status.update,
+            rounds=options.rounds, cold=options.cold, dtype=options.dtype, say=status.update,
         )  # fmt: skip
     print_rows(out, rows, ceilings, options.cold)
     if options.json:
@@ -106,7 +114,9 @@ def print_rows(out: Console, rows: Sequence[Row], ceilings: CudaCeilings, cold: 
     from .runner import ratios
 
     columns = ["min us", "median us", *(["cold min us", "cold median us"] if cold else [])]
-    columns += ["GFLOP", "GFLOP/s", "of fp32 peak", "of copy", "error"]
+    in_half = any(row.form in HALF_TYPES for row in rows)
+    peak = "of fp16 peak" if in_half else "of fp32 peak"
+    columns += ["GFLOP", "GFLOP/s", peak, "of copy", "error"]
     for workload in dict.fromkeys(row.workload for row in rows):
         own = [row for row in rows if row.workload == workload]
         table = Table(title=workload, title_justify="left")

@@ -1,4 +1,8 @@
-"""Who is compared on a GPU: mega_tvm, and PyTorch in four ways. All compute in fp32, not TF32."""
+"""Who is compared on a GPU: mega_tvm, and PyTorch in four ways.
+
+In float32 all compute in fp32, not TF32. In a half type PyTorch's module is all of that type; input
+and output are float32, as ours, converted on the device.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,37 @@ from .workloads import Workload
 Params = Mapping[str, npt.NDArray[Any]]
 # Takes a tensor on the device, and returns one that the next call may write again.
 Call = Callable[[torch.Tensor], Any]
-Prepare = Callable[[Workload, Params, bool, str], Call]
+# Workload, parameters, whether pruned, device, type of weights and activations.
+Prepare = Callable[[Workload, Params, bool, str, str], Call]
 
 OURS = "mega_tvm"
 
 
-def _module(workload: Workload, params: Params, pruned: bool, device: str) -> PlainMega:
+class _Module(torch.nn.Module):
+    """The plain module, whose input and output are float32."""
+
+    def __init__(self, plain: PlainMega, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.plain, self.dtype = plain, dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.plain(x.to(self.dtype))
+        return found.to(torch.float32)
+
+
+def _module(
+    workload: Workload, params: Params, pruned: bool, device: str, dtype: str
+) -> torch.nn.Module:
     torch.set_float32_matmul_precision("highest")
     form = Form("cdist" if workload.config.laplace_attention else "fused", merged=pruned)
-    return PlainMega(Plan.of(workload, form, pruned), params).eval().to(device)
+    own: torch.dtype = getattr(torch, dtype)
+    plain = PlainMega(Plan.of(workload, form, pruned), params, own)
+    return _Module(plain, own).eval().to(device)
 
 
-def eager(workload: Workload, params: Params, pruned: bool, device: str) -> Call:
+def eager(workload: Workload, params: Params, pruned: bool, device: str, dtype: str) -> Call:
     """Return the plain module, run operator by operator."""
-    module = _module(workload, params, pruned, device)
+    module = _module(workload, params, pruned, device, dtype)
 
     def call(x: torch.Tensor) -> Any:
         with torch.inference_mode():
@@ -41,9 +62,9 @@ def eager(workload: Workload, params: Params, pruned: bool, device: str) -> Call
     return call
 
 
-def compiled(workload: Workload, params: Params, pruned: bool, device: str) -> Call:
+def compiled(workload: Workload, params: Params, pruned: bool, device: str, dtype: str) -> Call:
     """Return the plain module through ``torch.compile``; on a GPU, with its own autotuning."""
-    module = _module(workload, params, pruned, device)
+    module = _module(workload, params, pruned, device, dtype)
     torch._dynamo.reset()  # or it would count as a recompilation of the module before
     mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
     function = torch.compile(module, dynamic=False, mode=mode)
@@ -58,8 +79,10 @@ def compiled(workload: Workload, params: Params, pruned: bool, device: str) -> C
 def captured(prepare: Prepare) -> Prepare:
     """Return a peer's model, captured in one CUDA graph: input copied in, graph launched."""
 
-    def prepare_captured(workload: Workload, params: Params, pruned: bool, device: str) -> Call:
-        call = prepare(workload, params, pruned, device)
+    def prepare_captured(
+        workload: Workload, params: Params, pruned: bool, device: str, dtype: str
+    ) -> Call:
+        call = prepare(workload, params, pruned, device, dtype)
         shape = (workload.batch, workload.seq_len, workload.config.embed_dim)
         kept = torch.zeros(shape, device=device)
         side = torch.cuda.Stream()
@@ -82,7 +105,7 @@ def captured(prepare: Prepare) -> Prepare:
     return prepare_captured
 
 
-def ours(workload: Workload, params: Params, pruned: bool, device: str) -> Call:
+def ours(workload: Workload, params: Params, pruned: bool, device: str, dtype: str) -> Call:
     """Return the compiled and loaded model."""
     import mega_tvm
     from mega_tvm.cuda.lowering import device_arch
@@ -97,6 +120,7 @@ def ours(workload: Workload, params: Params, pruned: bool, device: str) -> Call:
             seq_len=workload.seq_len,
             symbolic=False,
             stream=False,
+            dtype=dtype,
             output=Path(folder) / "model.so",
         )
         model = mega_tvm.load(library)

@@ -45,13 +45,14 @@ def parser() -> argparse.ArgumentParser:
     add("artifact", type=Path, metavar="MODEL.so", help="a compiled model")
     add("--peer", default=PEERS[0], choices=[*PEERS, "none"], help="whose full run (openvino)")
     add("--threads", type=int, default=1, metavar="N", help="threads and cores of each (1)")
-    add("--batch", type=_numbers, default=(1, 64), metavar="N,..", help="streams (1,64)")
-    add("--frames", type=_numbers, default=(60, 256, 1024), metavar="N,..", help="(60,256,1024)")
+    add("--batch", type=numbers, default=(1, 64), metavar="N,..", help="streams (1,64)")
+    add("--frames", type=numbers, default=(60, 256, 1024), metavar="N,..", help="(60,256,1024)")
     add("--seconds", type=float, default=1.0, help="for each figure (1)")
     return p
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Read an option's list of positive integers."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"expected positive integers, N[,N..], found {text!r}")
     return tuple(map(int, text.split(",")))

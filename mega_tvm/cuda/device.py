@@ -16,6 +16,7 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.errors import IncompatibleArtifactError, MegaError
+from mega_tvm.tensor_memory import array_type
 
 from .archs import runs_on
 from .nvidia_files import CUDART, DRIVER, RUNTIME, load_shared
@@ -106,8 +107,8 @@ class Device:
                 "apache-tvm 0.27 wheel"
             ) from error
 
-    def upload(self, array: npt.NDArray[Any]) -> tvm_ffi.Tensor:
-        """Copy an array to the device.
+    def upload(self, array: npt.NDArray[Any], dtype: str | None = None) -> tvm_ffi.Tensor:
+        """Copy an array to the device; ``dtype`` says what its bits are, if not what NumPy says.
 
         Raises
         ------
@@ -115,14 +116,17 @@ class Device:
             If there is no memory for it.
         """
         array = np.asarray(array, order="C")
-        tensor = self.empty(array.shape, array.dtype.name)
+        tensor = self.empty(array.shape, dtype or array.dtype.name)
         self._from_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return tensor
 
     def download(self, tensor: tvm_ffi.Tensor) -> npt.NDArray[Any]:
-        """Wait for the device, and copy a tensor from it."""
-        array = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        """Wait for the device, and copy a tensor from it; bfloat16 is widened to float32."""
+        dtype = str(tensor.dtype)
+        array = np.empty(tuple(tensor.shape), array_type(dtype))
         self._to_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+        if dtype == "bfloat16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> tvm_ffi.Tensor:

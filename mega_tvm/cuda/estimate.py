@@ -4,7 +4,7 @@ Not a measurement: a prediction for the first run on a GPU to confirm or refute.
 longest of
 
 - its bytes, each read or written once, at the device's bandwidth;
-- its FLOPs at the device's fp32 peak;
+- its FLOPs at the device's peak: that of fp32, or where tensor cores multiply theirs;
 - the cycles that its schedule counts (`schedules/*/cuda.py`) at the A100's clock: what blocks,
   their occupancy and waits for L2, shared memory and barriers let it reach. On another GPU the part
   of it that is arithmetic goes with the peak, the rest with the clock.
@@ -24,10 +24,14 @@ from mega_tvm.artifact_format import open_artifact, read_manifest_from
 from mega_tvm.errors import MegaError
 from schedules.common.attention import AttentionSpec
 from schedules.common.cuda_attention import BLOCK_Q, COLUMNS, estimated_cycles
+from schedules.common.cuda_attention_mma import estimated_cycles as mma_attention_cycles
+from schedules.common.cuda_attention_mma import mma_tiles as mma_attention_tiles
 from schedules.common.cuda_scan import AHEAD, LAUNCH_CYCLES, ROUND_CYCLES
 from schedules.common.cuda_threads import MULTIPROCESSORS
 from schedules.common.dims import ceil_div
+from schedules.common.half_types import HALF_TYPES
 from schedules.dense import cuda as dense_cuda
+from schedules.dense import cuda_mma
 from schedules.dense.cuda_rows import MAX_ROWS, THREADS
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan import cuda as scan_cuda
@@ -50,17 +54,21 @@ GENERIC_CYCLES = 700  # a load, a store: one wave of blocks
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A device: boost clock in GHz, fp32 peak in TFLOP/s, bandwidth in GB/s."""
+    """A device: boost clock in GHz, peaks in TFLOP/s, bandwidth in GB/s."""
 
     name: str
     clock: float
     tflops: float
+    tensor_tflops: float  # of float16 and bfloat16, dense
     bandwidth: float
 
 
 # NVIDIA's data sheets: A100 80GB SXM (June 2021), H100 SXM (2023); clocks from the peaks, which are
 # 2 FLOP x 64 or 128 lanes x 108 or 132 multiprocessors.
-GPUS = (Gpu("A100 SXM 80 GB", 1.41, 19.5, 2039), Gpu("H100 SXM", 1.98, 67.0, 3350))
+GPUS = (
+    Gpu("A100 SXM 80 GB", 1.41, 19.5, 312.0, 2039),
+    Gpu("H100 SXM", 1.98, 67.0, 989.4, 3350),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,67 +83,83 @@ class KernelEstimate:
     us: tuple[float, ...]
 
 
-def kernel_estimate(kernel: Mapping[str, Any]) -> KernelEstimate:
-    """Estimate one kernel of a manifest."""
+def kernel_estimate(kernel: Mapping[str, Any], dtype: str) -> KernelEstimate:
+    """Estimate one kernel of a manifest whose ``dtype`` is given."""
     op, fields = kernel["op"], dict(kernel["spec"] or {})
     if "lead" in fields:
         fields["lead"] = tuple(fields["lead"])
-    flops, moved, cycles = _work(op, fields)
-    reference = GPUS[0]
-    base = max(cycles / reference.clock / 1e3, flops / reference.tflops / 1e6)
-    share = flops / reference.tflops / 1e6 / base  # of it that is arithmetic
+    half = dtype in HALF_TYPES
+    flops, elements, cycles = _work(op, fields, half)
+    moved = elements * (2 if half else 4)
+    peaks = [g.tensor_tflops if half and _on_tensor_cores(op, fields) else g.tflops for g in GPUS]
+    reference, peak = GPUS[0], peaks[0]
+    base = max(cycles / reference.clock / 1e3, flops / peak / 1e6)
+    share = flops / peak / 1e6 / base  # of it that is arithmetic
     us = tuple(
         max(
-            base * (share * reference.tflops / g.tflops + (1 - share) * reference.clock / g.clock),
+            base * (share * peak / own + (1 - share) * reference.clock / g.clock),
             moved / g.bandwidth / 1e3,
         )
-        for g in GPUS
+        for g, own in zip(GPUS, peaks, strict=True)
     )
     return KernelEstimate(
         kernel["name"], kernel["calls"], len(kernel["launches"]), flops, moved, us
     )
 
 
-def _work(op: str, fields: dict[str, Any]) -> tuple[int, int, float]:
-    """Return FLOPs, bytes and cycles of a call."""
+def _on_tensor_cores(op: str, fields: Mapping[str, Any]) -> bool:
+    """Whether tensor cores multiply a half type."""
+    if op in ("dense", "normed_dense"):
+        return math.prod(fields["lead"]) > MAX_ROWS
+    return op == "gated_attention" and fields["q_len"] > 1
+
+
+def _work(op: str, fields: dict[str, Any], half: bool) -> tuple[int, int, float]:
+    """Return FLOPs, elements moved and cycles of a call."""
     if op in ("dense", "normed_dense"):
         spec = (NormedDenseSpec if op == "normed_dense" else DenseSpec)(**fields)
         rows = math.prod(fields["lead"])
-        floats = rows * spec.k + spec.k * spec.n + rows * spec.out_n * (1 + spec.residual)
+        moved = rows * spec.k + spec.k * spec.n + rows * spec.out_n * (1 + spec.residual)
         norm = NORM_CYCLES / 2 if op == "normed_dense" else 0
-        return kernel_flops("dense", fields), 4 * floats, _dense_cycles(spec, rows) + norm
+        return kernel_flops("dense", fields), moved, _dense_cycles(spec, rows, half) + norm
     if op == "ema_scan_dense":
         scan = EmaScanDenseSpec(**fields)
         steps = scan.batch * scan.seq_len
         flops = 2 * steps * scan.channels * (scan.n + 1)
-        floats = steps * (scan.channels + scan.n * (1 + scan.residual)) + scan.channels * scan.n
-        return flops, 4 * floats, _scan_dense_cycles(scan)
+        moved = steps * (scan.channels + scan.n * (1 + scan.residual)) + scan.channels * scan.n
+        return flops, moved, _scan_dense_cycles(scan)
     if op == "ema_scan":
         plain = EmaScanSpec(**fields)
         segments = scan_cuda.SEGMENTS
         cycles = [scan_cuda.estimated_cycles(plain, s, scan_cuda.DEFAULT_THREADS) for s in segments]
         best = min(range(len(segments)), key=cycles.__getitem__)
         launch = LAUNCH_CYCLES if 0 < segments[best] < int(plain.seq_len) else 0
-        floats = 2 * int(plain.batch) * int(plain.seq_len) * plain.channels
-        return kernel_flops(op, fields), 4 * floats, cycles[best] - launch
+        moved = 2 * int(plain.batch) * int(plain.seq_len) * plain.channels
+        return kernel_flops(op, fields), moved, cycles[best] - launch
     if op in ("gated_attention", "laplace_attention"):
         laplace = op == "laplace_attention"
         attention = (LaplaceAttentionSpec if laplace else GatedAttentionSpec)(**fields)
         batch, q_len, k_len = fields["batch"], fields["q_len"], fields["k_len"]
         values = attention.value_width * (q_len * (1 + attention.has_gate) + k_len)
-        floats = batch * (attention.width * (q_len + k_len) + values)
-        cycles_ = _attention_cycles(attention, q_len, k_len, 2 if laplace else 1)
-        return kernel_flops(op, fields), 4 * floats, cycles_
+        moved = batch * (attention.width * (q_len + k_len) + values)
+        if half and _on_tensor_cores(op, fields):
+            tiles = mma_attention_tiles(attention)
+            cycles_ = min(mma_attention_cycles(attention, *tile) for tile in tiles)
+        else:
+            cycles_ = _attention_cycles(attention, q_len, k_len, 2 if laplace else 1)
+        return kernel_flops(op, fields), moved, cycles_
     if op == "layer_norm":
-        return 0, 8 * math.prod(fields["lead"]) * int(fields["n"]), NORM_CYCLES
+        return 0, 2 * math.prod(fields["lead"]) * int(fields["n"]), NORM_CYCLES
     return 0, 0, GENERIC_CYCLES
 
 
-def _dense_cycles(spec: DenseSpec, rows: int) -> float:
+def _dense_cycles(spec: DenseSpec, rows: int, half: bool) -> float:
+    if rows > MAX_ROWS and half:
+        return min(cuda_mma.estimated_cycles(spec, tile) for tile in cuda_mma.mma_tiles())
     if rows > MAX_ROWS:
         return min(dense_cuda.estimated_cycles(spec, tile) for tile in dense_cuda.tiles())
     # Four loads under way; shuffles, shared memory and the epilogue behind them.
-    steps = ceil_div(spec.k, THREADS // (dense_cuda.row_width(spec) // 4))
+    steps = ceil_div(spec.k, THREADS // (dense_cuda.row_width(spec) // (8 if half else 4)))
     return (ceil_div(steps, 4) + 2) * ROUND_CYCLES
 
 
@@ -166,6 +190,7 @@ class EstimateReport:
     """Estimates of all kernels of a library's entries, as Markdown."""
 
     path: Path
+    dtype: str
     shapes: list[list[int]]
     kernels: list[KernelEstimate]
 
@@ -181,6 +206,7 @@ class EstimateReport:
         return {
             "kind": "estimate",
             "file": str(self.path),
+            "dtype": self.dtype,
             "inputs": self.shapes,
             "gpus": [dataclasses.asdict(gpu) for gpu in GPUS],
             "launch_us": {"stream": LAUNCH_US, "graph": GRAPH_US},
@@ -191,7 +217,8 @@ class EstimateReport:
     def print(self, console: Console) -> None:
         """Print it for people, as a Markdown table."""
         lines = [
-            f"Input {' and '.join(map(str, self.shapes))}; us a call, estimated, never measured.",
+            f"Input {' and '.join(map(str, self.shapes))}, {self.dtype}; us a call, estimated, "
+            "never measured.",
             "",
             "| kernel | calls | launches | MFLOP | MB | " + " | ".join(g.name for g in GPUS) + " |",
             "|---" * (5 + len(GPUS)) + "|",
@@ -227,5 +254,6 @@ def estimate(path: Path) -> EstimateReport:
             f"{path}: --estimate is for libraries for GPUs; this one is for "
             f"{manifest['target']['name']}: measure it with python -m mega_tvm.bench"
         )
-    shapes = [entry["input"]["shape"] for entry in manifest["entries"]]
-    return EstimateReport(path, shapes, [kernel_estimate(k) for k in manifest["kernels"]])
+    shapes, dtype = [entry["input"]["shape"] for entry in manifest["entries"]], manifest["dtype"]
+    kernels = [kernel_estimate(kernel, dtype) for kernel in manifest["kernels"]]
+    return EstimateReport(path, dtype, shapes, kernels)

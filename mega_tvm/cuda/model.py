@@ -13,7 +13,7 @@ import tvm_ffi
 from mega_tvm.entries import Entry
 from mega_tvm.errors import DamagedArtifactError, InputError
 from mega_tvm.inputs import CPU, as_array, as_output, check_values
-from mega_tvm.runtime import POOLED, Model
+from mega_tvm.model import POOLED, Model
 from mega_tvm.runtime_library import RuntimeLibrary
 from mega_tvm.tensor_memory import Tensors
 
@@ -43,12 +43,16 @@ class CudaModel(Model):
         self._device = device
         self._turn = threading.Lock()
         self._machine = _machine(module)
-        uploaded = [device.upload(np.from_dlpack(view)) for view in tensors.views]
+        items = manifest["tensors"]["items"]
+        uploaded = [
+            device.upload(np.from_dlpack(view), item["dtype"])
+            for view, item in zip(tensors.views, items, strict=True)
+        ]
         on_device = Tensors(tensors.block, tvm_ffi.Array(uploaded))
         super().__init__(path, manifest, module, on_device, library, num_threads)
         self._cuda_graph = cuda_graph and bool(manifest["target"].get("cuda_graph"))
         self._functions = {
-            entry.name: self._function(entry.name + (SUFFIX if self._cuda_graph else ""))
+            entry.name: self.function(entry.name + (SUFFIX if self._cuda_graph else ""))
             for entry in self.entries
         }
 
@@ -144,7 +148,8 @@ class CudaModel(Model):
         except RuntimeError as error:
             raise self._device.failure(error) from error
 
-    def _function(self, name: str) -> Any:
+    def function(self, name: str) -> Any:
+        """Return an entry of the model's own virtual machine."""
         try:
             return self._machine[name]
         except (AttributeError, ValueError) as error:

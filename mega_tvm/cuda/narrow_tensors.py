@@ -1,7 +1,7 @@
-"""The graph pass of ``--dtype float16``: which tensors are float16, and where values change type.
+"""The graph pass of ``--dtype float16`` and ``bfloat16``: which tensors are, and conversions.
 
-Mega's operators read and write float16 activations and weights. Biases, decays and the affine part
-of a layer norm stay float32, as do all sums, states and statistics within kernels. All other
+Mega's operators read and write activations and weights of that type. Biases, decays and the affine
+part of a layer norm stay float32, as do all sums, states and statistics within kernels. All other
 operators, and the input and output of an entry, stay float32; values are converted between.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (tells NumPy of bfloat16)
 import numpy as np
 import tvm
 from tvm import relax

@@ -1,7 +1,8 @@
 """The graph phase: one rewrite a module, each a pass that can be switched off.
 
 ``GRAPH_PASSES`` is their order. ``canonicalize`` and ``narrow_weights`` change the form of the
-graph, not its arithmetic, and always run; so does ``carry_state``, on the functions marked for it.
+graph, not its arithmetic, and always run; so do ``carry_state`` and ``split_window``, on the
+functions marked for them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .merge_query_key import merge_query_key
 from .narrow_weights import narrow_weights
 from .prune_last_timestep import prune_last_timestep
 from .reassociate_values import reassociate_values
+from .split_window import split_window
 
 GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
     canonicalize,
@@ -32,8 +34,9 @@ GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
     fuse_sigmoid,
     fuse_residual,
     narrow_weights,
+    split_window,
 )
-REQUIRED_PASSES = frozenset({"canonicalize", "carry_state", "narrow_weights"})
+REQUIRED_PASSES = frozenset({"canonicalize", "carry_state", "narrow_weights", "split_window"})
 OPTIONAL_PASSES = tuple(
     graph_pass.info.name
     for graph_pass in GRAPH_PASSES

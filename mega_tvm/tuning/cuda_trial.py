@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import tvm
 
@@ -43,9 +44,13 @@ def build(
     """
     device_runtime.load_for_compiling()
     keep_accurate()
-    arguments = tuple(
+    packed = (
         kernel.pack[index](array) if index in kernel.pack else array
         for index, array in enumerate(operands.inputs)
+    )
+    arguments = tuple(
+        array.astype(np.dtype(dtype), copy=False)
+        for array, dtype in zip(packed, operands.dtypes, strict=False)
     )
     mod = tvm.IRModule({name: kernel.func.with_attr("global_symbol", name)})
     with compiled_by_nvcc(target):

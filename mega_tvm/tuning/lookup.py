@@ -27,14 +27,13 @@ from tvm.target import Target
 
 import schedules
 from schedules.common.kernel import ScheduledKernel
-from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import generate, hand_schedule
 
 from ..cuda.target import CudaTarget
 from ..errors import TuningError
 from ..targets import CpuTarget
 from .log import best_confirmed, is_log, read_log, read_target
-from .record import KernelKey, Record, TargetKey
+from .record import KernelKey, Record, TargetKey, kernel_key
 from .space import Space, replay
 from .versions import made_by
 
@@ -128,13 +127,13 @@ class TunedSchedules:
         return generate(replay(space.workload, record.load().trace).mod["main"], target)
 
     def _find(self, func: tirx.PrimFunc, space: Space) -> tuple[Record | None, Outcome]:
-        key = (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]))
+        key = kernel_key(func)
         if any(isinstance(dim, tirx.Var) for buffer in func.params for dim in buffer.shape):
             return None, Outcome(ANY_SIZE, "hand", "hand schedule")
         if space.size == 1:
             return None, Outcome(HIT, "hand", "there is nothing to decide")
         there = self._records.get(key, [])
-        made = made_by(key[0], self._kind) if there else None
+        made = made_by(key.op, self._kind) if there else None
         ours = [r for r in there if r.made_by == made and space.holds(r.decisions)]
         best = best_confirmed(ours)
         if best is None:

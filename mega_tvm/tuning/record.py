@@ -20,13 +20,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from tvm import tirx
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.s_tir.meta_schedule.database import TuningRecord, Workload
 from tvm.target import Target
 
 from schedules.common.spec import OP_ATTR, SPEC_ATTR
+from schedules.common.storage import STORAGE_ATTR
 
 from ..cuda.target import CudaTarget
 from ..targets import CpuTarget
@@ -37,8 +39,22 @@ from .versions import made_by
 FAILED = 1e10
 _MADE_BY, _HAND, _ERROR = "tuning.made_by", "tuning.hand_ps", "tuning.error"
 
-# An op and its specification, as the PrimFunc's attributes state them.
-KernelKey = tuple[str, str]
+
+class KernelKey(NamedTuple):
+    """What a kernel is, as its PrimFunc's attributes state it.
+
+    ``storage`` is the types of its tensors as JSON, empty where all are float32.
+    """
+
+    op: str
+    spec: str
+    storage: str
+
+
+def kernel_key(func: tirx.PrimFunc) -> KernelKey:
+    """Return the key of a naive kernel."""
+    storage = str(func.attrs[STORAGE_ATTR]) if STORAGE_ATTR in func.attrs else ""
+    return KernelKey(str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]), storage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +102,7 @@ class Record:
         The naive kernel, a line of the database of workloads.
     record_json : str
         The rest, as MetaSchedule writes it.
-    key : tuple of str
-        Op and specification.
+    key : KernelKey
     decisions : mapping of str to int
     seconds : float or None
         Time of one call; None if the candidate failed.
@@ -124,10 +139,10 @@ class Record:
     ) -> Record:
         """Return the record of a candidate; ``target`` has the threads as its ``num-cores``."""
         func = space.workload["main"]
-        op, spec = str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR])
+        key = kernel_key(func)
         sch = space.schedule(decisions)
         root = sch.get_sblock("root")
-        sch.annotate(root, _MADE_BY, made_by(op, str(target.kind.name)))
+        sch.annotate(root, _MADE_BY, made_by(key.op, str(target.kind.name)))
         if hand_seconds is not None:
             sch.annotate(root, _HAND, round(hand_seconds * 1e12))
         if error is not None:
@@ -136,7 +151,7 @@ class Record:
         run_secs = [FAILED if seconds is None else seconds]
         info = ArgInfo.from_prim_func(func)
         record = TuningRecord(sch.trace, workload, run_secs, target, info).as_json()
-        return cls.parse((op, spec), json.dumps(workload.as_json()), json.dumps(record))
+        return cls.parse(key, json.dumps(workload.as_json()), json.dumps(record))
 
     @classmethod
     def parse(cls, key: KernelKey, workload_json: str, record_json: str) -> Record:
@@ -178,15 +193,14 @@ class Record:
 
 
 def read_workload(line: str) -> KernelKey:
-    """Return the op and the specification of a line of the database of workloads.
+    """Return the key of the kernel in a line of the database of workloads.
 
     Raises
     ------
     Exception
         If it is damaged: TVM raises errors of many kinds.
     """
-    attrs = Workload.from_json(json.loads(line)).mod["main"].attrs
-    return str(attrs[OP_ATTR]), str(attrs[SPEC_ATTR])
+    return kernel_key(Workload.from_json(json.loads(line)).mod["main"])
 
 
 def _plain(text: str) -> str:

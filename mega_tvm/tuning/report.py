@@ -121,8 +121,7 @@ def summary(kernels: Sequence[Progress], ceilings: Ceilings | None) -> Table:
 
 def _share(progress: Progress, seconds: float, ceilings: Ceilings | None) -> str:
     """Return the share of the FMA peak; of a kernel that waits for its weights, their stream."""
-    op, spec_text = progress.kernel.key
-    spec = json.loads(spec_text)
+    op, spec = progress.kernel.key.op, json.loads(progress.kernel.key.spec)
     flops = kernel_flops(op, spec)
     weights = 4 * spec["k"] * spec["n"] if op == "dense" else 0
     if weights and flops < _BOUND_BY_WEIGHTS * weights:

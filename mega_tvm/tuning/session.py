@@ -189,7 +189,7 @@ class Session:
                 for record in log.records
                 if record.key == kernel.key
                 and record.threads == threads
-                and record.made_by == made_by(kernel.key[0], self._target.kind)
+                and record.made_by == made_by(kernel.key.op, self._target.kind)
                 and kernel.space.holds(record.decisions)
             ]
             for record in ours:
@@ -302,9 +302,9 @@ _LENGTHS = ("lead", "batch", "seq_len", "q_len", "k_len")
 
 def _but_lengths(kernel: Kernel) -> tuple[Any, ...]:
     """Return what a kernel has in common with itself at another batch and length."""
-    op, spec_text = kernel.key
+    op, spec_text, storage = kernel.key
     spec = json.loads(spec_text)
-    return (op, *sorted((k, str(v)) for k, v in spec.items() if k not in _LENGTHS))
+    return (op, storage, *sorted((k, str(v)) for k, v in spec.items() if k not in _LENGTHS))
 
 
 def _device(target: CpuTarget | CudaTarget) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from tvm.target import Target
 
 from schedules.common.decisions import PREFIX
 from schedules.common.spec import OP_ATTR, SPEC_ATTR
+from schedules.common.storage import STORAGE_ATTR
 from schedules.registry import sample_decisions
 
 Decisions = Mapping[str, int]
@@ -80,7 +81,8 @@ class Space:
 
 def workload_of(func: tirx.PrimFunc) -> tvm.IRModule:
     """Return a naive kernel as what it computes, without what a graph noted on it."""
-    for key in set(func.attrs.keys()) - {OP_ATTR, SPEC_ATTR, "s_tir", "tirx.noalias"}:
+    kept = {OP_ATTR, SPEC_ATTR, STORAGE_ATTR, "s_tir", "tirx.noalias"}
+    for key in set(func.attrs.keys()) - kept:
         func = func.without_attr(key)
     return tvm.IRModule({"main": func})
 

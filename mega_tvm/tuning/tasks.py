@@ -11,17 +11,15 @@ from tvm import tirx
 from tvm.ir import Op
 from tvm.s_tir.meta_schedule.database import Workload
 
-from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.registry import kernel_op
 
-from ..cuda.passes import CUDA_PASSES
 from ..cuda.target import CudaTarget
+from ..dtypes import FLOAT32
 from ..frontend.onnx import OnnxModel
 from ..input_shapes import import_entries
-from ..passes import GRAPH_PASSES
-from ..pipeline import calls_of, graph_phase, kernel_phase
+from ..pipeline import calls_of, graph_phase, kernel_phase, passes_of
 from ..targets import CpuTarget, with_threads
-from .record import KernelKey
+from .record import KernelKey, kernel_key
 from .space import Space
 from .trial import Task
 
@@ -34,8 +32,7 @@ class Kernel:
     ----------
     name : str
         As the compile names it.
-    key : tuple of str
-        Op and specification.
+    key : KernelKey
     calls : int
         Over all entries of the model.
     space : Space
@@ -55,6 +52,7 @@ def extract_kernels(
     shapes: Mapping[str, tuple[int, ...]],
     target: CpuTarget | CudaTarget,
     threads: int,
+    dtype: str = FLOAT32,
 ) -> list[Kernel]:
     """Return the Mega kernels of a model that have decisions to make, each specification once.
 
@@ -66,12 +64,15 @@ def extract_kernels(
     target : CpuTarget or CudaTarget
     threads : int
         Threads that kernels run with.
+    dtype : str
+        Type of weights and activations.
     """
     measured = with_threads(target, threads)
-    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else ()))
     tvm_target = measured.tvm_target()
     with tvm_target:
-        mod = kernel_phase(graph_phase(import_entries(module, shapes)[0], passes=passes))
+        mod = kernel_phase(
+            graph_phase(import_entries(module, shapes)[0], passes=passes_of(target, dtype))
+        )
     called = Counter(
         str(call.args[0].name_hint)
         for _, call in calls_of(mod)
@@ -81,7 +82,7 @@ def extract_kernels(
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc) or kernel_op(func) is None:
             continue
-        name, key = str(gvar.name_hint), (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR]))
+        name, key = str(gvar.name_hint), kernel_key(func)
         space = Space.of(func, tvm_target)
         if space.size == 1:
             continue

@@ -188,7 +188,7 @@ class Loaded:
     def __init__(self, candidate: Candidate, operands: Operands, module: Any, device: Any) -> None:
         self._module, self._device, self._operands = module, device, operands
         self._calls, self._runs = candidate.calls, candidate.runs
-        output = np.full(operands.expected.shape, np.nan, np.float32)
+        output = np.full(operands.expected.shape, np.nan, np.dtype(operands.dtypes[-1]))
         self._arguments = [tvm.runtime.tensor(a, device) for a in (*candidate.arguments, output)]
 
     @classmethod
@@ -215,8 +215,10 @@ class Loaded:
         start = time.perf_counter()
         self._module[RUN](*self._arguments)
         seconds = time.perf_counter() - start
-        expected, condition = self._operands.expected, self._operands.condition
-        parity = compare(self._arguments[-1].numpy(), expected, condition=condition)
+        known = self._operands
+        parity = compare(
+            self._arguments[-1].numpy(), known.expected, known.dtypes[-1], condition=known.condition
+        )
         if not parity.ok:
             raise WrongResultError(f"wrong result: {parity}")
         if self._runs > 1:  # a GPU gets its code at the first run, and runs it when it likes

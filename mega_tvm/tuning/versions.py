@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mega_tvm import lowering
 from mega_tvm.cuda import lowering as cuda_lowering
 from mega_tvm.cuda import toolchain
 from mega_tvm.cuda.toolchain import nvcc_version
+from schedules.common.cuda_device_code import device_code
 
 _ROOT = Path(schedules.__file__).parent
 _CUDA_LOWERING = (Path(cuda_lowering.__file__), Path(toolchain.__file__))
@@ -40,7 +42,7 @@ def made_by(op: str, kind: str = "llvm") -> str:
     if kind == "cuda":
         return (
             f"mega_tvm {mega_tvm.__version__}, tvm {tvm.__version__}, nvcc {nvcc_version()}, "
-            f"{op} {source_digest(_ROOT / op / 'cuda.py', _CUDA_LOWERING)[:8]}"
+            f"{op} {source_digest(_ROOT / op / 'cuda.py', _CUDA_LOWERING, device_code())[:8]}"
         )
     llvm = tvm.target.codegen.llvm_version_major(allow_none=True)
     return (
@@ -49,9 +51,14 @@ def made_by(op: str, kind: str = "llvm") -> str:
     )
 
 
-def source_digest(path: Path, lowered_by: Sequence[Path] = (Path(lowering.__file__),)) -> str:
-    """Return the digest of a schedule's source: its own, what it imports, and what lowers it."""
-    digest = hashlib.sha256()
+def source_digest(
+    path: Path, lowered_by: Sequence[Path] = (Path(lowering.__file__),), called: str = ""
+) -> str:
+    """Return the digest of a schedule's source: its own, what it imports, and what lowers it.
+
+    ``called`` is C that kernels call; comments do not count there either.
+    """
+    digest = hashlib.sha256(re.sub(r"//.*", "", called).encode())
     for code in sorted(map(_code, {*_closure(path), *lowered_by})):
         digest.update(code.encode())
     return digest.hexdigest()

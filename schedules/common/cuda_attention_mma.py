@@ -1,18 +1,16 @@
-"""Softmax attention for GPUs on tensor cores: float16 tensors, flash style, O(T) memory, one pass.
+"""Softmax attention for GPUs on tensor cores: tensors of a half type, flash style, one pass.
 
-A block of 4 warps computes ``block_q`` queries and ``columns`` columns of values.
+It takes O(T) memory. A block of 4 warps computes ``block_q`` queries and ``columns`` columns of
+values.
 
-1. For each tile of 64 keys the warps share the keys: a warp has the scores of 16. Queries and keys
-   come through shared memory 32 of the width at a time, values 16 keys at a time. Four such steps
-   lie there: one is multiplied, three are on their way (``cp.async``). One barrier a step.
+1. For each tile of 64 keys the warps share the keys: a warp has the scores of 16. Operands come
+   through shared memory in steps, as `cuda_attention_copies` says. One barrier a step.
 2. A row's maximum is that of 4 lanes (shuffles) and 4 warps (shared memory). Scores become weights
-   in float32 registers, are rounded to float16 and go to shared memory. Sums stay with their thread
+   in float32 registers, are rounded to half and go to shared memory. Sums stay with their thread
    until the end, and are of the weights as they were before rounding.
 3. Then the warps share the columns: each multiplies all weights by its ``columns / 4``. Values are
    turned by ``ldmatrix.trans``.
-4. Chunks of 16 bytes lie in another order from row to row, as in `dense.cuda_mma`, so that no bank
-   is met twice. Operands whose rows are not aligned to 16 bytes are loaded half by half.
-5. Sum and gate are applied on the way out. Causal tiles beyond the last query are skipped.
+4. Sum and gate are applied on the way out. Causal tiles beyond the last query are skipped.
 """
 
 from __future__ import annotations
@@ -26,6 +24,15 @@ from tvm.script import tirx as T
 from . import decisions
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocked import attention_prim_func
+from .cuda_attention_copies import (
+    CHUNK,
+    STAGES,
+    STEP_D,
+    STEPS_V,
+    THREADS,
+    TILE_KEYS,
+    AttentionCopies,
+)
 from .cuda_threads import (
     BARRIER_CYCLES,
     L2_BYTES,
@@ -38,13 +45,7 @@ from .cuda_threads import (
 )
 from .dims import DimVars, ceil_div, known
 
-WARPS = 4
-THREADS = WARPS * WARP
-TILE_KEYS = 64
-STEP_D, STEP_KEYS = 32, 16  # of a step of scores, of values
-STEPS_V = TILE_KEYS // STEP_KEYS
-STAGES = 4
-CHUNK = 8  # halves of 16 bytes
+WARPS = THREADS // WARP
 PIECE = 16  # rows of a fragment
 BLOCK_Q, COLUMNS = (16, 32, 64), (64, 128, 256)
 _SHARED_CYCLES = (
@@ -55,10 +56,14 @@ _FMA = 1024  # a multiprocessor's tensor cores, a cycle
 
 def sample_mma_tiles(sch: Schedule, spec: AttentionSpec) -> None:
     """Sample ``block_q`` and ``columns``."""
-    choices = [(q, c) for q in BLOCK_Q for c in COLUMNS if c == 64 or c / 2 < spec.value_width]
-    best = min(choices, key=lambda qc: estimated_cycles(spec, *qc))
+    best = min(mma_tiles(spec), key=lambda qc: estimated_cycles(spec, *qc))
     decisions.sample(sch, "block_q", BLOCK_Q, best[0])
     decisions.sample(sch, "columns", COLUMNS, best[1])
+
+
+def mma_tiles(spec: AttentionSpec) -> list[tuple[int, int]]:
+    """Return the tiles that a default is chosen from: ``block_q`` and ``columns``."""
+    return [(q, c) for q in BLOCK_Q for c in COLUMNS if c == 64 or c / 2 < spec.value_width]
 
 
 def estimated_cycles(spec: AttentionSpec, block_q: int, columns: int) -> float:
@@ -77,94 +82,31 @@ def estimated_cycles(spec: AttentionSpec, block_q: int, columns: int) -> float:
     return ceil_div(k_len, TILE_KEYS) * max(alone, share * products, share * fetched)
 
 
-def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFunc:
+def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int], dtype: str) -> tirx.PrimFunc:
     """Return the kernel ``(q, k, v[, gate], out)`` of causal softmax attention.
 
     It calls functions on the memory of ``q``, ``k`` and ``v`` as halves: it is right once
-    `stored_as` has made all tensors float16.
+    `stored_as` has made all tensors ``dtype``.
     """
     B, Q, K = known((spec.batch, spec.q_len, spec.k_len))
-    W, V, scale = spec.width, spec.value_width, spec.scale
+    V, scale = spec.value_width, spec.scale
     BQ, BV = chosen["block_q"], chosen["columns"]
     R = BQ // PIECE  # fragments of rows, of each warp
     NJ = BV // (WARPS * PIECE)  # pieces of 16 columns of a warp
     row_blocks, column_blocks = ceil_div(Q, BQ), ceil_div(V, BV)
-    steps_d = ceil_div(W, STEP_D)
-    steps = steps_d + STEPS_V
-    chunks_d, chunks_v = STEP_D // CHUNK, BV // CHUNK
-    stage_size = max((TILE_KEYS + BQ) * STEP_D, STEP_KEYS * BV)
+    copies = AttentionCopies(spec, BQ, BV)
+    steps_d, steps = copies.steps_d, copies.steps
+    row_chunk, value_chunk, fetch = copies.row_chunk, copies.value_chunk, copies.fetch()
     has_gate = spec.has_gate
     lowest = -3.0e38  # below any score: a row's maximum, before there is one
 
-    def aligned(stride: int, offset: int, size: int) -> bool:
-        return all(extent % CHUNK == 0 for extent in (stride, offset, size))
-
     pairs = V % 2 == 0 and spec.gate_stride % 2 == 0 and spec.gate_offset % 2 == 0
-
-    def row_chunk(row, chunk):
-        return row * STEP_D + (chunk ^ (row // 2 % chunks_d)) * CHUNK
-
-    def value_chunk(row, chunk):
-        return row * BV + (chunk ^ (row % 8)) * CHUNK
 
     def weight_chunk(row, chunk):
         return row * TILE_KEYS + (chunk ^ (row % 8)) * CHUNK
 
     def visible(row, key):
         return T.And(key < K, key <= row + (K - Q))
-
-    @T.inline
-    def copy(to, at, source, start, there, count, whole):
-        # 8 halves, of which `count` exist where the row does
-        if whole:
-            T.call_extern("void", "mega_copy_async", to.data, at, source.data, start, there)
-        else:
-            left = T.meta_var(T.if_then_else(there, count, 0))
-            T.call_extern("void", "mega_copy_halves", to.data, at, source.data, start, left)
-
-    @T.inline
-    def fetch_rows(source, to, base, b, first, rows, limit, stride, off, step, tid):
-        # `rows` rows of queries or keys, 32 columns
-        for i in T.unroll(ceil_div(rows * chunks_d, THREADS)):
-            if i * THREADS + tid < rows * chunks_d:
-                row = T.meta_var((i * THREADS + tid) // chunks_d)
-                chunk = T.meta_var((i * THREADS + tid) % chunks_d)
-                d = T.meta_var(step * STEP_D + chunk * CHUNK)
-                there = T.meta_var(T.And(first + row < limit, d < W))
-                copy(
-                    to, base + row_chunk(row, chunk), source,
-                    (b * limit + first + row) * stride + off + d, there, W - d,
-                    aligned(stride, off, W),
-                )  # fmt: skip
-
-    @T.inline
-    def fetch_values(v, to, base, b, first, first_v, tid):
-        for i in T.unroll(STEP_KEYS * chunks_v // THREADS):
-            row = T.meta_var((i * THREADS + tid) // chunks_v)
-            chunk = T.meta_var((i * THREADS + tid) % chunks_v)
-            col = T.meta_var(first_v + chunk * CHUNK)
-            copy(
-                to, base + value_chunk(row, chunk), v,
-                (b * K + first + row) * spec.v_stride + spec.v_offset + col,
-                T.And(first + row < K, col < V), V - col,
-                aligned(spec.v_stride, spec.v_offset, V),
-            )  # fmt: skip
-
-    @T.inline
-    def fetch(q, k, v, tiles, b, first_q, first_v, tile, step, tid):
-        # the step of a tile; steps beyond its last are the next tile's
-        base = T.meta_var((tile * steps + step) % STAGES * stage_size)
-        key = T.meta_var(tile * TILE_KEYS)
-        if step < steps_d:
-            fetch_rows(
-                k, tiles, base, b, key, TILE_KEYS, K, spec.k_stride, spec.k_offset, step, tid
-            )
-            fetch_rows(
-                q, tiles, base + TILE_KEYS * STEP_D, b, first_q, BQ, Q, spec.q_stride,
-                spec.q_offset, step, tid,
-            )  # fmt: skip
-        else:
-            fetch_values(v, tiles, base, b, key + (step - steps_d) * STEP_KEYS, first_v, tid)
 
     @T.inline
     def advance(q, k, v, tiles, b, first_q, first_v, tile, step, count, tid):
@@ -195,7 +137,7 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFu
             for r in T.unroll(R):
                 for half in T.unroll(2):
                     T.call_extern(
-                        "void", "mega_mma", s.data, (r * 2 + half) * 4, a.data, r * 4,
+                        "void", f"mega_mma_{dtype}", s.data, (r * 2 + half) * 4, a.data, r * 4,
                         c.data, half * 2,
                     )  # fmt: skip
 
@@ -255,7 +197,7 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFu
             for r in T.unroll(R):
                 for half in T.unroll(2):
                     T.call_extern(
-                        "void", "mega_mma", acc.data, ((r * NJ + j) * 2 + half) * 4,
+                        "void", f"mega_mma_{dtype}", acc.data, ((r * NJ + j) * 2 + half) * 4,
                         a.data, r * 4, c.data, half * 2,
                     )  # fmt: skip
 
@@ -305,8 +247,8 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFu
     def body(q, k, v, gate, out):
         for block in T.thread_binding(B * row_blocks * column_blocks, thread="blockIdx.x"):
             for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
-                tiles = T.alloc_buffer((STAGES * stage_size,), "float16", scope="shared")
-                ps = T.alloc_buffer((BQ * TILE_KEYS,), "float16", scope="shared")
+                tiles = T.alloc_buffer((STAGES * copies.stage_size,), dtype, scope="shared")
+                ps = T.alloc_buffer((BQ * TILE_KEYS,), dtype, scope="shared")
                 shared_peak = T.alloc_buffer((WARPS * BQ,), "float32", scope="shared")
                 shared_total = T.alloc_buffer((WARPS * BQ,), "float32", scope="shared")
                 s = T.alloc_buffer((R * 8,), "float32", scope="local")
@@ -332,7 +274,7 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFu
                         s[i] = T.float32(0)
                     for step in T.serial(steps_d):
                         advance(q, k, v, tiles, b, first_q, first_v, tile, step, count, tid)
-                        base = T.meta_var((tile * steps + step) % STAGES * stage_size)
+                        base = T.meta_var(copies.stage(tile, step))
                         score(tiles, s, base, warp, lane)
                     weigh(
                         s, ps, shared_peak, peak, total, acc, first_q, tile * TILE_KEYS, warp, lane
@@ -341,7 +283,7 @@ def mma_attention(spec: AttentionSpec, chosen: Mapping[str, int]) -> tirx.PrimFu
                         advance(
                             q, k, v, tiles, b, first_q, first_v, tile, steps_d + step, count, tid
                         )
-                        base = T.meta_var((tile * steps + steps_d + step) % STAGES * stage_size)
+                        base = T.meta_var(copies.stage(tile, steps_d + step))
                         mix(tiles, ps, acc, base, step, warp, lane)
                 store(gate, out, acc, total, shared_total, b, first_q, first_v, warp, lane)
 

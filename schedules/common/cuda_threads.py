@@ -15,8 +15,8 @@ WARP = 32
 MULTIPROCESSORS = 108
 SCHEDULERS = 4
 FFMA_CYCLES = 2
-# A tensor core, one beside each scheduler, multiplies float16 16x16 by 16x8 in 8 cycles (1024 FMA a
-# cycle and multiprocessor); the result is there after about 33.
+# A tensor core, one beside each scheduler, multiplies float16 or bfloat16, 16x16 by 16x8, in 8
+# cycles (1024 FMA a cycle and multiprocessor); the result is there after about 33.
 MMA_CYCLES = 8
 MMA_LATENCY = 33
 L2_BYTES = 64  # a multiprocessor gets a cycle

@@ -1,7 +1,7 @@
 """Tensors of another type than the arithmetic: loads are widened to float32, stores are rounded.
 
-A kernel is written once, in float32. `stored_as` gives the same kernel on tensors of, say, float16:
-sums, states, statistics and weights of an attention stay float32 registers.
+A kernel is written once, in float32. `stored_as` gives the same kernel on tensors of, say,
+bfloat16: sums, states, statistics and weights of an attention stay float32 registers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import tvm_ffi
 from tvm import tirx
 from tvm.ir.expr import Call, TensorLoad, TensorRegion
 
+from .half_types import HALF_TYPES
+
 FLOAT32 = "float32"
-NARROW = frozenset({"float16"})  # what tensors may be instead
 _DATA = "tirx.buffer_data"
 # On a naive PrimFunc: the types of the tensors that its schedule shall take, in order.
 STORAGE_ATTR = "mega.storage"
@@ -23,6 +24,14 @@ STORAGE_ATTR = "mega.storage"
 def storage_of(func: tirx.PrimFunc) -> tuple[str, ...]:
     """Return the types of a PrimFunc's tensors that differ from what it is written in, or ()."""
     return tuple(json.loads(str(func.attrs[STORAGE_ATTR]))) if STORAGE_ATTR in func.attrs else ()
+
+
+def half_type(func: tirx.PrimFunc, *tensors: int) -> str | None:
+    """Return the half type that the tensors of these indices, or else all, have, or None."""
+    dtypes = storage_of(func)
+    chosen = {dtypes[i] for i in tensors} if tensors and dtypes else set(dtypes)
+    dtype = chosen.pop() if len(chosen) == 1 else ""
+    return dtype if dtype in HALF_TYPES else None
 
 
 def stored_as(func: tirx.PrimFunc, dtypes: Sequence[str]) -> tirx.PrimFunc:

@@ -1,6 +1,6 @@
 """How a dense kernel runs on a GPU: in tiles (`cuda_tiles`), or few rows at once (`cuda_rows`).
 
-For float16, tiles are those of tensor cores (`cuda_mma`), whatever the sizes.
+For float16 and bfloat16, tiles are those of tensor cores (`cuda_mma`), whatever the sizes.
 
 Defaults are estimated, never measured so far: see `estimated_cycles` and `row_width`.
 
@@ -38,7 +38,7 @@ from ..common.cuda_threads import (
 )
 from ..common.dims import ceil_div, known_rows
 from ..common.kernel import ScheduledKernel
-from ..common.storage import storage_of
+from ..common.storage import half_type
 from ..normed_dense.naive import NormedDenseSpec
 from . import cuda_mma
 from .cuda_mma import fragment_layout, mma_dense, mma_tiles
@@ -57,19 +57,18 @@ def schedule(sch: Schedule, target: Target) -> None:
     """Sample the decisions of a dense kernel.
 
     With up to 8 rows that is ``width``, the columns of a block; with more, ``tile``, an index into
-    `tiles`, or for float16 to `mma_tiles`.
+    `tiles`, or for a half type to `mma_tiles`.
     """
     func = sch.mod["main"]
     sample(sch, DenseSpec.of(func), half=in_half(func))
 
 
-def in_half(func: tirx.PrimFunc) -> bool:
-    """Whether a PrimFunc's rows, weights and output are float16: then tensor cores multiply."""
-    x, w, *_, y = storage_of(func) or ("",) * 3
-    return {x, w, y} == {"float16"}
+def in_half(func: tirx.PrimFunc) -> str | None:
+    """Return the half type of a PrimFunc's rows, weights and output: tensor cores multiply it."""
+    return half_type(func, 0, 1, -1)
 
 
-def sample(sch: Schedule, spec: DenseSpec, *, half: bool) -> None:
+def sample(sch: Schedule, spec: DenseSpec, *, half: str | None) -> None:
     """Sample the decisions for a specification."""
     if known_rows(spec.lead) <= MAX_ROWS:
         decisions.sample(sch, "width", WIDTHS, row_width(spec))
@@ -95,14 +94,14 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
 
 def write(func: tirx.PrimFunc, spec: DenseSpec) -> ScheduledKernel:
     """Write out the TensorIR for a specification."""
-    chosen = decisions.read(func)
+    chosen, half = decisions.read(func), in_half(func)
     if known_rows(spec.lead) <= MAX_ROWS:
         layout = rows_layout(spec, chosen["width"])
-        kernel = few_rows_dense(spec, chosen["width"], half=in_half(func))
-    elif in_half(func):
+        kernel = few_rows_dense(spec, chosen["width"], half=half is not None)
+    elif half:
         mma_tile = mma_tiles()[chosen["tile"]]
         layout = fragment_layout(spec, mma_tile)
-        kernel = mma_dense(spec, mma_tile)
+        kernel = mma_dense(spec, mma_tile, half)
     else:
         tile = tiles()[chosen["tile"]]
         layout = tile_layout(spec, tile)

@@ -1,4 +1,4 @@
-"""A dense kernel for GPUs on tensor cores: float16 tensors, ``mma.sync`` with float32 sums.
+"""A dense kernel for GPUs on tensor cores: tensors of a half type, ``mma.sync`` with float32 sums.
 
 1. A block computes ``block_m`` rows of one panel of ``block_n`` columns, and walks k in steps of
    32. Up to four steps lie in shared memory: while one is multiplied, those behind it are on their
@@ -110,11 +110,11 @@ def estimated_cycles(spec: DenseSpec, tile: MmaTile) -> float:
     return ceil_div(spec.k, STEP_K) * max(busy, alone, traffic)
 
 
-def mma_dense(spec: DenseSpec, tile: MmaTile) -> tirx.PrimFunc:
+def mma_dense(spec: DenseSpec, tile: MmaTile, dtype: str) -> tirx.PrimFunc:
     """Return the kernel ``(x, w, b[, residual], y)`` on weights of `fragment_layout`.
 
     It calls functions on the memory of ``x`` and ``w`` as halves: it is right once `stored_as` has
-    made them float16.
+    made them ``dtype``.
     """
     M, K, out_n, swiglu = known_rows(spec.lead), spec.k, spec.out_n, spec.swiglu
     BM, BN, WM, WN = tile.block_m, tile.block_n, tile.warp_m, tile.warp_n
@@ -166,7 +166,7 @@ def mma_dense(spec: DenseSpec, tile: MmaTile) -> tirx.PrimFunc:
                 T.call_extern("void", "mega_load_matrices", a.data, i * 4, xs.data, at)
                 if normed:
                     T.call_extern(
-                        "void", "mega_normalize", a.data, i * 4,
+                        "void", f"mega_normalize_{dtype}", a.data, i * 4,
                         rows[i * 4], rows[i * 4 + 1], rows[i * 4 + 2], rows[i * 4 + 3],
                     )  # fmt: skip
             for j in T.unroll(NI):
@@ -177,7 +177,7 @@ def mma_dense(spec: DenseSpec, tile: MmaTile) -> tirx.PrimFunc:
                 for j in T.unroll(NI):
                     for half in T.unroll(2):
                         T.call_extern(
-                            "void", "mega_mma", acc.data, ((i * NI + j) * 2 + half) * 4,
+                            "void", f"mega_mma_{dtype}", acc.data, ((i * NI + j) * 2 + half) * 4,
                             a.data, i * 4, b.data, j * 4 + half * 2,
                         )  # fmt: skip
 
@@ -213,8 +213,8 @@ def mma_dense(spec: DenseSpec, tile: MmaTile) -> tirx.PrimFunc:
                 warp, lane = T.meta_var(tid // WARP), T.meta_var(tid % WARP)
                 first_row = T.meta_var(warp // across * WM + lane // 4)
                 first_col = T.meta_var(warp % across * WN)
-                xs = T.alloc_buffer((stages * BM * STEP_K,), "float16", scope="shared")
-                ws = T.alloc_buffer((stages * BN * STEP_K,), "float16", scope="shared")
+                xs = T.alloc_buffer((stages * BM * STEP_K,), dtype, scope="shared")
+                ws = T.alloc_buffer((stages * BN * STEP_K,), dtype, scope="shared")
                 stats = T.alloc_buffer((BM, 2), "float32", scope="shared")
                 # mean and scale of a fragment's two rows
                 rows = T.alloc_buffer((MI * 4,), "float32", scope="local")

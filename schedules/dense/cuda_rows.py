@@ -1,9 +1,9 @@
 """A dense kernel for GPUs for few rows: as fast as the weights arrive.
 
 A block computes one narrow panel for all rows. Its threads split k between them: at each step they
-fetch a run of the panel in 16-byte pieces, and each keeps their 4 columns (8 of float16) of partial
-sums of every row.
-Partial sums meet in two steps: in a warp by shuffles, between warps in shared memory.
+fetch a run of the panel in 16-byte pieces, and each keeps their 4 columns (8 of a half type) of
+partial sums of every row. Partial sums meet in two steps: in a warp by shuffles, between warps in
+shared memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rows_layout(spec: DenseSpec, width: int) -> CudaLayout:
 def few_rows_dense(spec: DenseSpec, width: int, *, half: bool) -> tirx.PrimFunc:
     """Return the kernel ``(x, w, b[, residual], y)`` on weights of `rows_layout`.
 
-    With ``half`` it is right once `stored_as` has made the weights float16.
+    With ``half`` it is right once `stored_as` has made the weights a half type.
     """
     M, K, out_n, swiglu = known_rows(spec.lead), spec.k, spec.out_n, spec.swiglu
     layout = rows_layout(spec, width)

@@ -7,8 +7,8 @@ half of it goes where scores are split over more threads, which a measurement ma
 it. At
 T = 4096: 8.6 GFLOP, 128 blocks of 32 queries by 256 columns, 1.2 ms at half of 19.5 TFLOP/s.
 
-For float16 (`cuda_attention_mma`), estimated on an A100 at 1.41 GHz: T = 60, B = 1, 16 blocks of 16
-queries by 64 columns, 12 steps: 1.7 us, all latency; B = 32, 128 blocks by 256 columns: 1.8 us;
+For half types (`cuda_attention_mma`), estimated on an A100 at 1.41 GHz: T = 60, B = 1, 16 blocks of
+16 queries by 64 columns, 12 steps: 1.7 us, all latency; B = 32, 128 blocks by 256 columns: 1.8 us;
 T = 4096, 128 blocks of 32 queries by 256 columns: 0.14 ms of waiting at steps, beside 0.12 ms of
 traffic from L2 and 0.09 ms of products, all pairs counted; causal blocks skip half of them.
 """
@@ -27,7 +27,7 @@ from ..common.cuda_attention_row import row_attention
 from ..common.cuda_scoring import Scoring
 from ..common.cuda_threads import exp
 from ..common.kernel import ScheduledKernel
-from ..common.storage import storage_of
+from ..common.storage import half_type
 from .naive import GatedAttentionSpec
 
 
@@ -36,7 +36,7 @@ def schedule(sch: Schedule, target: Target) -> None:
     spec = GatedAttentionSpec.of(sch.mod["main"])
     if spec.q_len == 1:
         return
-    if _in_half(sch.mod["main"]):
+    if half_type(sch.mod["main"]):
         sample_mma_tiles(sch, spec)
     else:
         sample_tiles(sch, spec, instructions=1)
@@ -47,14 +47,9 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     spec = GatedAttentionSpec.of(func)
     if spec.q_len == 1:
         return ScheduledKernel(row_attention(spec, softmax(spec.scale)))
-    if _in_half(func):
-        return ScheduledKernel(mma_attention(spec, decisions.read(func)))
+    if half := half_type(func):
+        return ScheduledKernel(mma_attention(spec, decisions.read(func), half))
     return ScheduledKernel(tiled_attention(spec, decisions.read(func), softmax(spec.scale)))
-
-
-def _in_half(func: tirx.PrimFunc) -> bool:
-    """Whether all tensors are float16: then tensor cores multiply."""
-    return set(storage_of(func)) == {"float16"}
 
 
 def softmax(scale: float) -> Scoring:

@@ -94,8 +94,37 @@ def test_rows_of_a_run(tiny) -> None:
     assert data["rows"][0]["warm"]["minimum_us"] > 0 and data["ceilings"]["copy_gb_per_s"] == 1e3
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_of_a_half_type(tiny, dtype) -> None:
+    """PyTorch's module in that type, on the CPU; rates are shares of the tensor cores' peak."""
+    ceilings = CudaCeilings(fma_gflops=1e4, fp16_gflops=1e5, copy_gb_per_s=1e3)
+    rows = {
+        kind: run(
+            [tiny()], ["torch-eager"], Clock(), ceilings, lambda w, p: "",
+            rounds=1, cold=False, dtype=kind, device="cpu",
+        )[0]
+        for kind in ("float32", dtype)
+    }  # fmt: skip
+    row, wide = rows[dtype], rows["float32"]
+    assert row.form == dtype and row.warm and 2e-5 < row.error < 8e-2
+    assert row.fma_share == pytest.approx(row.gflops / 1e5)
+    assert row.weight_gb_per_s * row.warm.minimum_us == pytest.approx(
+        wide.weight_gb_per_s * wide.warm.minimum_us / 2
+    )
+    out = io.StringIO()
+    print_rows(Console(file=out, width=160), [row], ceilings, False)
+    assert "of fp16 peak" in out.getvalue()
+
+
+def test_a_half_type_is_for_gpus(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--dtype", "bfloat16"])
+    assert stopped.value.code == 2
+    assert "--dtype bfloat16 is for --device cuda" in capsys.readouterr().err
+
+
 def test_a_wrong_peer_is_skipped(tiny, monkeypatch) -> None:
-    def wrong(workload, params, pruned, device):
+    def wrong(workload, params, pruned, device, dtype):
         return lambda x: torch.ones(workload.batch, workload.config.hidden_size)
 
     monkeypatch.setitem(PEERS, "wrong", wrong)
@@ -116,9 +145,20 @@ def test_ceilings_are_rates() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_DEVICE is not None, reason=f"no CUDA device here: {NO_DEVICE}")
-def test_the_command_on_a_gpu(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_on_a_gpu(dtype, tmp_path, capsys) -> None:
     path = tmp_path / "run.json"
-    arguments = ["--workloads", "small", "--rounds", "3", "--cold", "--json", str(path)]
+    arguments = [
+        "--dtype",
+        dtype,
+        "--workloads",
+        "small",
+        "--rounds",
+        "3",
+        "--cold",
+        "--json",
+        str(path),
+    ]
     assert main(["--device", "cuda", *arguments]) == 0
     said = capsys.readouterr().out
     assert " skipped: " not in said

@@ -54,6 +54,15 @@ def test_entries_are_named_by_shape(odd) -> None:
     assert {entry.output_shape for entry in model.entries} == {(1, 23), (3, 23)}
 
 
+def test_streams_and_windows_are_left_out_where_they_are_not_wanted(odd) -> None:
+    _, model = odd("softmax")
+    for field in ("stream", "window"):
+        assert "--no-stream" in model.metadata[field]["left_out"]
+    names = {entry.name for entry in model.entries}
+    assert not any(model._module.implements_function(f"{n}_window__run", True) for n in names)
+    assert all(model._module.implements_function(f"{n}__run", True) for n in names)
+
+
 def test_another_shape_is_refused(odd) -> None:
     _, model = odd("softmax")
     with pytest.raises(InputError, match=r"found \[2, 7, 11\]"):

@@ -177,7 +177,7 @@ def test_a_workspace_too_small_is_refused(built) -> None:
     entry = model.entry_at((2, 9, 13))
     arrays = [np.zeros(s, np.float32) for s in ((2, 9, 13), (2, 40))]
     x, y = (entries.as_argument(_aligned(a)) for a in arrays)
-    run = model._function("main_symbolic")
+    run = model.function("main_symbolic")
     for missing in (0, 64):
         workspace = _aligned(np.zeros((entry.workspace - missing) // 4, np.float32)).view(np.uint8)
         status = run(x, model._tensors.block, entries.as_argument(workspace), y)

@@ -75,10 +75,10 @@ class Kernel:
         return out.numpy().astype(np.float32), reports
 
 
-def stored_in_half(case: Case, wide: Sequence[int] = ()) -> Case:
-    """Return a case on float16 tensors; the inputs at ``wide`` stay float32."""
+def stored_in_half(case: Case, wide: Sequence[int] = (), dtype: str = "float16") -> Case:
+    """Return a case on tensors of a half type; the inputs at ``wide`` stay float32."""
     count = len(case.inputs)
-    dtypes = ["float32" if i in wide else "float16" for i in range(count + 1)]
+    dtypes = ["float32" if i in wide else dtype for i in range(count + 1)]
     return dataclasses.replace(case, func=stored_as(case.func, dtypes))
 
 

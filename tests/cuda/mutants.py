@@ -13,7 +13,8 @@ from schedules.dense.cuda_tiles import Tile
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
 from schedules.ema_scan_dense.naive import EmaScanDenseSpec
-from tests.cuda.fused_cases import scan_dense_case
+from schedules.normed_dense.naive import NormedDenseSpec
+from tests.cuda.fused_cases import normed_case, scan_dense_case
 from tests.cuda.harness import Kernel, scheduled, stored_in_half
 from tests.schedules.cases import Case, attention_case, attention_spec, dense_case, ema_case
 
@@ -42,6 +43,12 @@ def case_of(kernel: str) -> tuple[Case, dict[str, int]]:
         "attention": lambda: attention_case(rng, attention_spec(False, 1, 70, 70, 40)),
         "mma": lambda: stored_in_half(
             dense_case(rng, DenseSpec((59,), 200, 34, residual=True)), wide=[2]
+        ),
+        "mma_bfloat16": lambda: stored_in_half(
+            normed_case(rng, NormedDenseSpec((59,), 72, 34)), wide=[2], dtype="bfloat16"
+        ),
+        "mma_attention_bfloat16": lambda: stored_in_half(
+            attention_case(rng, attention_spec(False, 1, 70, 150, 72)), dtype="bfloat16"
         ),
         "mma_attention": lambda: stored_in_half(
             attention_case(rng, attention_spec(False, 1, 70, 150, 72))

@@ -16,6 +16,7 @@ from mega_tvm.cuda.nvidia_files import find_tool
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.errors import CompileError, MegaError, TargetError
 from mega_tvm.inspect import main as inspect_main
+from schedules.common.half_types import HALF_TYPES
 from schedules.common.storage import stored_as
 from schedules.dense.naive import DenseSpec, dense
 from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
@@ -84,41 +85,36 @@ KERNELS = {
 }
 
 
-def _in_half(func, *wide: int):
-    """The tensors at ``wide`` stay float32."""
-    count = len(func.params)
-    return stored_as(func, ["float32" if i in wide else "float16" for i in range(count)])
+@dataclasses.dataclass(frozen=True)
+class HalfBudget:
+    """What a kernel on tensors of a half type may use; those at ``wide`` stay float32."""
+
+    func: tirx.PrimFunc
+    wide: tuple[int, ...]
+    registers: int
+    tensor_cores: bool = True
+
+    def stored(self, dtype: str) -> tirx.PrimFunc:
+        count = len(self.func.params)
+        return stored_as(self.func, ["float32" if i in self.wide else dtype for i in range(count)])
 
 
-# The same on float16 tensors. Name to: naive kernel, most registers, tensor cores.
 HALF_KERNELS = {
-    "half_large": (_in_half(dense(DenseSpec((1920,), 256, 768, residual=True)), 2), 168, True),
-    "half_small": (_in_half(dense(DenseSpec((1, 60), 256, 768, sigmoid_from=512)), 2), 64, True),
-    "half_narrow": (_in_half(normed_dense(NormedDenseSpec((1, 60), 256, 16)), 2), 64, True),
-    "half_unaligned": (_in_half(dense(DenseSpec((1, 60), 287, 256)), 2), 64, True),
-    "half_row": (_in_half(dense(DenseSpec((1, 1), 256, 256)), 2), 64, False),
-    "half_swiglu": (
-        _in_half(normed_dense(NormedDenseSpec((1, 60), 256, 1376, swiglu=True)), 2),
-        64,
-        True,
+    "large": HalfBudget(dense(DenseSpec((1920,), 256, 768, residual=True)), (2,), 168),
+    "small": HalfBudget(dense(DenseSpec((1, 60), 256, 768, sigmoid_from=512)), (2,), 64),
+    "narrow": HalfBudget(normed_dense(NormedDenseSpec((1, 60), 256, 16)), (2,), 64),
+    "unaligned": HalfBudget(dense(DenseSpec((1, 60), 287, 256)), (2,), 64),
+    "row": HalfBudget(dense(DenseSpec((1, 1), 256, 256)), (2,), 64, tensor_cores=False),
+    "swiglu": HalfBudget(normed_dense(NormedDenseSpec((1, 60), 256, 1376, swiglu=True)), (2,), 64),
+    "scan": HalfBudget(
+        ema_scan_dense(EmaScanDenseSpec(1, 60, 16, 256, residual=True)), (1, 3), 64, False
     ),
-    "half_scan": (
-        _in_half(ema_scan_dense(EmaScanDenseSpec(1, 60, 16, 256, residual=True)), 1, 3),
-        64,
-        False,
+    "softmax": HalfBudget(gated_attention(_attention(GatedAttentionSpec, 60)), (), 96),
+    "softmax_long": HalfBudget(gated_attention(_attention(GatedAttentionSpec, 4096)), (), 168),
+    "softmax_512": HalfBudget(gated_attention(_attention(GatedAttentionSpec, 4096, 512)), (), 168),
+    "laplace": HalfBudget(
+        laplace_attention(_attention(LaplaceAttentionSpec, 60)), (), 96, tensor_cores=False
     ),
-    "half_softmax": (_in_half(gated_attention(_attention(GatedAttentionSpec, 60))), 96, True),
-    "half_softmax_long": (
-        _in_half(gated_attention(_attention(GatedAttentionSpec, 4096))),
-        168,
-        True,
-    ),
-    "half_softmax_512": (
-        _in_half(gated_attention(_attention(GatedAttentionSpec, 4096, 512))),
-        168,
-        True,
-    ),
-    "half_laplace": (_in_half(laplace_attention(_attention(LaplaceAttentionSpec, 60))), 96, False),
 }
 
 
@@ -129,7 +125,11 @@ def generated():
         name: hand_schedule(func, TARGET.tvm_target()).func.with_attr("global_symbol", name)
         for name, func in (
             *((name, budget.func) for name, budget in KERNELS.items()),
-            *((name, func) for name, (func, *_) in HALF_KERNELS.items()),
+            *(
+                (f"{name}_{dtype}", budget.stored(dtype))
+                for name, budget in HALF_KERNELS.items()
+                for dtype in HALF_TYPES
+            ),
         )
     }
     return tvm.compile(tvm.IRModule(functions), TARGET.tvm_target())
@@ -161,15 +161,18 @@ def test_budgets(kernels, name, arch) -> None:
 @needs_nvcc
 @needs_tools
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("name", HALF_KERNELS)
-def test_budgets_in_half(kernels, name, arch) -> None:
-    _, registers, tensor_cores = HALF_KERNELS[name]
-    kernel = kernels[f"{name}_kernel", arch]
+def test_budgets_in_half(kernels, name, dtype, arch) -> None:
+    budget = HALF_KERNELS[name]
+    kernel = kernels[f"{name}_{dtype}_kernel", arch]
     assert kernel.local == 0, "it spills, or keeps an array in local memory"
-    assert kernel.registers <= registers
+    assert kernel.registers <= budget.registers
     assert kernel.shared <= 48 << 10
-    assert (kernel.count("HMMA") > 0) == tensor_cores
-    if tensor_cores:
+    products = kernel.count("HMMA")
+    assert kernel.count(r"HMMA\.16816\.F32\.BF16") == (products if dtype == "bfloat16" else 0)
+    assert (products > 0) == budget.tensor_cores
+    if budget.tensor_cores:
         assert kernel.count("LDSM") > 0 and kernel.count(r"LDGSTS\S*\.128") > 0
 
 
@@ -204,12 +207,15 @@ def test_a_library_without_gpu_code() -> None:
 
 @needs_nvcc
 @needs_tools
-def test_inspect_kernels(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inspect_kernels(dtype, tmp_path, capsys) -> None:
     """A whole library, compiled with no GPU driver in the process."""
     from mega_tvm.compiler import compile_model
     from tests.compiler.models import mega
 
-    path = compile_model(mega(seq_len=9), target="cuda-sm_80", output=tmp_path / "model.so")
+    path = compile_model(
+        mega(seq_len=9), target="cuda-sm_80", dtype=dtype, output=tmp_path / "model.so"
+    )
     assert inspect_main([str(path), "--kernels", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {kernel["arch"] for kernel in report["kernels"]} == {"sm_80"}
@@ -217,10 +223,12 @@ def test_inspect_kernels(tmp_path, capsys) -> None:
     launches = {launch["name"] for k in manifest["kernels"] for launch in k["launches"]}
     assert {kernel["name"] for kernel in report["kernels"]} == launches
     assert all(kernel["local_memory_instructions"] == 0 for kernel in report["kernels"])
+    assert any(kernel["tensor_core"] for kernel in report["kernels"]) == (dtype == "bfloat16")
     assert inspect_main([str(path), "--kernels"]) == 0
     assert "occupancy" in capsys.readouterr().out
     assert inspect_main([str(path), "--estimate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["dtype"] == dtype
     assert {k["name"] for k in found["kernels"]} == {k["name"] for k in manifest["kernels"]}
     assert all(us > 0 for kernel in found["kernels"] for us in kernel["us"])
     assert all(a100 > h100 for a100, h100 in found["total_us"].values())

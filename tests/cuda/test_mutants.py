@@ -56,7 +56,7 @@ INDICES = {
         "is still filling",
     ),
     "copies_of_two_steps_in_a_group": ("mma", r"mega_commit_copies\(\);", "", 1, "still filling"),
-    "the_wrong_fragment": ("mma", r"(mega_mma\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
+    "the_wrong_fragment": ("mma", r"(mega_mma_\w+\(.*), 2\);", r"\1, 0);", 0, "outside tolerance"),
     "rows_in_another_order": (
         "mma",
         r"mega_load_matrices\(a_ptr, 0, xs_ptr, \(",
@@ -67,7 +67,7 @@ INDICES = {
     "values_not_waited_for": ("mma_attention", r"mega_wait_copies\(2\);", "", 1, "still filling"),
     "keys_of_another_half": (
         "mma_attention",
-        r"(mega_mma\(s_ptr.*), 2\);",
+        r"(mega_mma_\w+\(s_ptr.*), 2\);",
         r"\1, 0);",
         0,
         "outside tolerance",
@@ -81,6 +81,21 @@ INDICES = {
         "outside tolerance",
     ),
     "a_key_too_many": ("mma_attention", r" <= ", " <= 1 + ", 9, "outside tolerance"),
+    # Of the other half type; products of bfloat16 taken for float16 are nearly 0.
+    **{
+        f"{what}_of_float16": (
+            kernel,
+            f"mega_{call}_bfloat16",
+            f"mega_{call}_float16",
+            0,
+            "outside",
+        )
+        for what, kernel, call in (
+            ("a_product", "mma_bfloat16", "mma"),
+            ("a_normalized_fragment", "mma_bfloat16", "normalize"),
+            ("scores", "mma_attention_bfloat16", "mma"),
+        )
+    },
     "a_row_too_many_copied": ("mma", r"< 59\)", "< 60)", 0, "out of bounds"),
     "not_quite_causal": ("attention", r" <= ", " < ", 0, ""),
 }

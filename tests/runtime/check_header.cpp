@@ -4,6 +4,7 @@
 
 #include <mega_tvm.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -142,17 +143,86 @@ void check_stream(mega_tvm::Model& model) {
   expect(slides.length(0) == 20 && std::isfinite(y[0]), "sliding");
 }
 
+// A window of `length` frames is a full run on them, to the bit, also behind missed frames.
+void check_window(mega_tvm::Model& model, std::int64_t batch, std::int64_t length) {
+  mega_tvm::Window window(model, batch, length);
+  const std::int64_t total = 3 * length + 9;
+  const std::vector<float> x = random(static_cast<std::size_t>(batch * total * kWidth), 5);
+  const auto frames = [&](std::int64_t first, std::int64_t n) {
+    std::vector<float> piece;  // [batch, n, kWidth]
+    for (std::int64_t row = 0; row < batch; ++row) {
+      const auto start = x.begin() + (row * total + first) * kWidth;
+      piece.insert(piece.end(), start, start + n * kWidth);
+    }
+    return piece;
+  };
+  std::vector<float> y(window.output_size());
+  for (std::int64_t t = 0; t < total; ++t) {
+    if (t == length + 5) {
+      window.fill(frames(t, 2).data(), 2);
+      t += 2;
+    }
+    window.push(frames(t, 1).data(), y.data());
+    const std::int64_t n = std::min(t + 1, length);
+    const std::vector<float> held = frames(t + 1 - n, n);
+    const std::string where = std::to_string(batch) + " x " + std::to_string(t);
+    expect(window.length() == n && window.frames() == held, "frames of window " + where);
+    expect(run(model, {batch, n, kWidth}, held) == y, "window " + where);
+  }
+  window.reset();
+  expect(window.length() == 0, "a window that is reset");
+}
+
+// What comes between snapshot and restore leaves no trace; beams go on from each other's states.
+void check_snapshots(mega_tvm::Model& model) {
+  using mega_tvm::Stream;
+  Stream stream(model, 2, 100), other(model, 2, 100);
+  const std::vector<float> x = random(2 * 30 * kWidth, 6), frame = random(2 * kWidth, 7);
+  const std::size_t hidden = stream.output_size() / 2;
+  std::vector<float> y(stream.output_size()), again(y.size()), beams(y.size());
+  stream.prefill(x.data(), 30, y.data());
+  stream.reset(1);
+  stream.step(frame.data(), y.data());  // rows of 31 and 1 frames
+  const Stream::Snapshot kept = stream.snapshot();
+  stream.step(frame.data(), y.data());
+  stream.prefill(x.data(), 20, again.data());
+  for (Stream* restored : {&stream, &other}) {
+    restored->restore(kept);
+    expect(restored->length(0) == 31 && restored->length(1) == 1, "restored lengths");
+    restored->step(frame.data(), again.data());
+    expect(again == y, "a restored stream");
+  }
+  stream.restore(kept);
+  stream.reorder({1, 0});
+  std::vector<float> swapped(frame.begin() + kWidth, frame.end());
+  swapped.insert(swapped.end(), frame.begin(), frame.begin() + kWidth);
+  stream.step(swapped.data(), beams.data());
+  expect(stream.length(0) == 2 && stream.length(1) == 32, "reordered lengths");
+  expect(std::equal(y.begin(), y.begin() + hidden, beams.begin() + hidden) &&
+             std::equal(y.begin() + hidden, y.end(), beams.begin()),
+         "reordered rows");
+  stream.reorder({1, 1});
+  expect(stream.length(0) == 32 && stream.length(1) == 32, "a row that stands twice");
+  expect_error("expected 2 rows, found 1", [&] { stream.reorder({0}); });
+  expect_error("there is no row 2", [&] { stream.reorder({0, 2}); });
+  Stream longer(model, 2, 101);
+  expect_error("the same model, batch, max_len", [&] { longer.restore(kept); });
+}
+
 // Neither a step nor a call of a compiled shape allocates, in whichever library.
 void check_allocations(mega_tvm::Model& model) {
   mega_tvm::Stream stream(model, 2, 300);
   const std::vector<float> x = random(59 * kWidth, 4);
   std::vector<float> y(stream.output_size());
   const mega_tvm::Shape shape{1, 59, kWidth};
+  mega_tvm::Window window(model, 1, 59);
+  window.fill(x.data(), 59);
   long before = allocations;
   for (int i = 0; i < 100; ++i) {
     if (i == 50) before = allocations;
     stream.step(x.data(), y.data());
     model.run(shape, x.data(), y.data());
+    window.push(x.data(), y.data());
     if (i % 10 == 0) stream.reset(1);
   }
   const long found = allocations - before;
@@ -168,6 +238,10 @@ int main(int, char** argv) {
     mega_tvm::Model model(argv[1], threads);
     check_threads(model);
     check_stream(model);
+    check_snapshots(model);
+    check_window(model, 1, 59);
+    check_window(model, 3, 7);
+    check_window(model, 2, 1);
     check_allocations(model);
     expect_error("found [2, 7, 14]; reshape it", [&] { model.entry_at({2, 7, 14}); });
     expect_error("[batch, seq_len, 13], batch 1 to 256", [&] { model.entry_at({257, 7, 13}); });

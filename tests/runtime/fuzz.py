@@ -164,10 +164,13 @@ def mutate_sizes(source, rng):
         cut = rng.randrange(1, len(source.library))
         library = rng.choice([source.library[:cut], source.library + rng.randbytes(cut % 500)])
         return relink(source, mutant, library)
-    described = [*mutant.get("symbolic_entries", []), mutant.get("stream") or {}]
+    window = mutant.get("window") or {}
+    described = [*mutant.get("symbolic_entries", []), mutant.get("stream") or {}, window]
+    described += window.get("entries", {}).values()
     entry = rng.choice([d for d in described if "workspace" in d] + mutant["entries"])
     if isinstance(entry["workspace"], dict):  # another workspace, limit or width of any shape
         numbers = [entry["workspace"], *entry.get("limits", {}).values(), *entry.get("state", [])]
+        numbers += [entry["widths"]] if "widths" in entry else []
         chosen = rng.choice(numbers)
         places = range(len(chosen)) if isinstance(chosen, list) else list(chosen)
         place = rng.choice([p for p in places if type(chosen[p]) is int])
@@ -234,6 +237,15 @@ def run_stream(model, width):
     return np.stack([*found, *(stream.step(x[:, t]) for t in range(11, 24))])
 
 
+def run_window(model, shape):
+    """Push frames until the window has slid over the end of its memory; return all outputs."""
+    batch, seq_len, width = shape
+    window = model.window(batch, seq_len=seq_len)
+    x = random_input((batch, 2 * seq_len + 5, width))
+    window.fill(x[:, :seq_len])
+    return np.stack([window.push(x[:, t]) for t in range(seq_len, x.shape[1])])
+
+
 def probes(model):
     """Return calls of all that a model has: functions of a model, with the result of each."""
     calls = []
@@ -245,6 +257,10 @@ def probes(model):
         calls.append(lambda model, x=x: model(x))
     if "name" in (stream := model.metadata.get("stream") or {}):
         calls.append(lambda model: run_stream(model, stream["input_width"]))
+    if "name" in (model.metadata.get("window") or {}):
+        batch, seq_len, width = model.entries[0].input_shape
+        for shape in [(batch, seq_len, width), (2, 5, width)][: 1 + len(model.symbolic_entries)]:
+            calls.append(lambda model, shape=shape: run_window(model, shape))
     return [(call, call(model)) for call in calls]
 
 

@@ -15,7 +15,7 @@ from mega_tvm import load
 from mega_tvm.bundle import write_bundle
 from mega_tvm.compile import main
 from mega_tvm.errors import CompileError, NotAnArtifactError
-from mega_tvm.runtime_library import available_cpus
+from mega_tvm.thread_pool import available_cpus
 from tests.runtime.builders import join, split
 
 # g++ needs as, ld and cc1plus of its own, and nothing of ours.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import ctypes
 import os
 import subprocess
 import sys
@@ -15,6 +17,9 @@ import pytest
 
 import mega_tvm
 from mega_tvm import load
+from mega_tvm.errors import IncompatibleArtifactError
+from mega_tvm.import_slots import import_slots, replaced
+from mega_tvm.runtime_library import installed_runtime
 from tests.runtime.builders import BIAS
 
 two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
@@ -132,45 +137,152 @@ run(two)
 
 @two_cpus
 def test_a_fork_of_a_thread_with_workers(artifact, run_python):
-    """The child's calls work, on as many threads; its child's too."""
+    """The child's calls work, on as many threads, and so do its threads' and its child's."""
     script = """
-import atexit, logging
-logging.shutdown = lambda: print("logged")
-def several_threads_work():
-    new = tasks()
-    run(two)
-    new = sorted(tasks() - new)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and sum(ticks(t) >= 5 for t in new) < 2:
-        run(two)
-    return sum(ticks(t) >= 5 for t in new)  # the stand-in and its worker
-def grandchild():
-    run(two)
-    os._exit(4)
+import atexit
 def child():
-    os.dup2(1, 2)
-    atexit.register(print, "other handler")
+    atexit.register(print, "handlers run", flush=True)
+    new = sorted(tasks() - {str(os.getpid())})
+    def others():  # before any call: they must not take what the parent's workers had
+        threads = [threading.Thread(target=run, args=(two,)) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+    others()
     run(one)
-    print(several_threads_work())
-    run(one); run(two)
-    thread = threading.Thread(target=run, args=(two,))
-    thread.start(); thread.join()
-    print(fork(grandchild), flush=True)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and sum(ticks(t) >= 5 for t in new) < len(new):
+        run(two)
+    print(len(new), sum(ticks(t) >= 5 for t in new), flush=True)
+    run(one); run(two); others()
+    print(fork(lambda: run(two)), flush=True)
 def refused():
     try:
         two(np.ones((7, 7), np.float32))
     except mega_tvm.errors.InputError:
         os._exit(5)
 run(two)
-time.sleep(0.1)
+workers = len(tasks() - before)
 print(fork(refused), flush=True)
 print(fork(child))
 run(two)
+print(len(tasks() - before) == workers)
 """
     lines = run_python(COUNT + FORK + script, artifact).splitlines()
-    assert lines[:5] == ["5", "2", "4", "other handler", "logged"]
-    assert "status 1 in place of a hang" in lines[5] and "os._exit" in lines[5]
-    assert lines[6:] == ["1"]
+    assert lines[0] == "5"
+    workers, busy = map(int, lines[1].split())
+    assert workers == len(os.sched_getaffinity(0)) - 1 and busy >= 1
+    # The grandchild inherits the child's handler.
+    assert lines[2:] == ["handlers run", "3", "handlers run", "3", "True"]
+
+
+ENDS = {
+    "sys.exit()": ("sys.exit()", 0, ""),
+    "sys.exit(0)": ("sys.exit(0)", 0, ""),
+    "sys.exit(3)": ("sys.exit(3)", 3, ""),
+    "raise SystemExit(4)": ("raise SystemExit(4)", 4, ""),
+    "sys.exit(words)": ("sys.exit('words')", 1, "words\n"),
+    "exception": ("raise KeyError('key')", 1, "Traceback (most recent call last):"),
+    "end": ("pass", 0, ""),
+    "killed": ("os.kill(os.getpid(), 15)", -15, ""),
+}
+
+
+@two_cpus
+@pytest.mark.parametrize("called", [True, False], ids=["calls", "no call"])
+def test_a_child_ends_with_its_own_status(artifact, run_python, called):
+    """A child of a thread with workers, whether it runs the model or not."""
+    script = """
+def child(end, called):
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.dup2(writing, 2)
+        try:
+            exec(("run(two);" if called else "") + end)
+        except BaseException as error:
+            raise error from None
+        return None  # on to the end of the main module
+    os.close(writing)
+    with open(reading) as file:
+        said = file.read()
+    return os.waitstatus_to_exitcode(os.wait()[1]), said
+two = mega_tvm.load(sys.argv[1], num_threads=2)
+run(two)
+for end in sys.argv[3:]:
+    result = child(end, sys.argv[2] == "True")
+    if result is None:
+        break
+    print(result, flush=True)
+    run(two)
+"""
+    out = run_python(COUNT + script, artifact, called, *(end for end, _, _ in ENDS.values()))
+    lines = out.splitlines()
+    assert len(lines) == len(ENDS)
+    for (name, (_, status, words)), line in zip(ENDS.items(), lines, strict=True):
+        found, said = ast.literal_eval(line)
+        assert found == status, f"{name}: {line}"
+        assert said.startswith(words) if words else said == "", f"{name}: {line}"
+        assert name != "exception" or said.endswith("KeyError: 'key'\n")
+
+
+@two_cpus
+def test_forks_at_any_moment(artifact, run_python):
+    """Just behind a call, when workers spin or fall asleep."""
+    script = """
+two = mega_tvm.load(sys.argv[1], num_threads=2)
+x = np.ones((1, 4096, 64), np.float32)
+for i in range(60):
+    run(two)
+    time.sleep(i % 12 * 1e-4)
+    if os.fork() == 0:
+        if i % 2:
+            run(two)
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+print("done")
+"""
+    assert run_python(COUNT + script, artifact) == "done\n"
+
+
+@two_cpus
+def test_a_fork_of_another_thread_that_has_workers(artifact, run_python):
+    """It is the child's only thread, and ends the child where it returns."""
+    script = """
+two = mega_tvm.load(sys.argv[1], num_threads=2)
+def work():
+    run(two)
+    if os.fork() == 0:
+        run(two)
+        return
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+thread = threading.Thread(target=work)
+thread.start(); thread.join()
+"""
+    assert run_python(COUNT + script, artifact) == "0\n"
+
+
+def test_slots_of_imported_functions():
+    """Replaced in one library, and put back."""
+    library = ctypes.CDLL(str(installed_runtime()[0]))
+    address = ctypes.cast(library.TVMBackendParallelLaunch, ctypes.c_void_p).value
+    slots = import_slots(address, {"pthread_mutex_lock", "pthread_create", "no_such_function"})
+    assert set(slots) == {"pthread_mutex_lock", "pthread_create"}
+    before = [ctypes.c_uint64.from_address(slot).value for slot in slots.values()]
+    with replaced(slots.values(), 4096):
+        assert {ctypes.c_uint64.from_address(slot).value for slot in slots.values()} == {4096}
+    assert [ctypes.c_uint64.from_address(slot).value for slot in slots.values()] == before
+    assert import_slots(0, {"pthread_create"}) == {}
+
+
+def test_a_library_without_those_slots_is_refused(artifact, monkeypatch):
+    """Before a pool starts that a fork would leave without workers."""
+    from mega_tvm import thread_pool
+
+    model = load(artifact)
+    pools = thread_pool.ThreadPools(model._library.path)
+    monkeypatch.setattr(thread_pool, "import_slots", lambda *_: {"pthread_mutex_lock": 1})
+    pools.use(1)
+    with pytest.raises(IncompatibleArtifactError, match="hang in forked processes"):
+        pools.use(2)
 
 
 @two_cpus

@@ -13,13 +13,12 @@ from tvm.target import Target
 import mega_tvm
 from mega_tvm.targets import CpuTarget, resolve_target
 from mega_tvm.tuning import trial, worker_main
-from mega_tvm.tuning.record import Record, TargetKey
+from mega_tvm.tuning.record import Record, TargetKey, kernel_key
 from mega_tvm.tuning.space import Space
 from mega_tvm.tuning.tasks import Kernel
 from mega_tvm.tuning.trial import Task
 from schedules.common.decisions import read
 from schedules.common.kernel import ScheduledKernel
-from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from schedules.dense.naive import DenseSpec, dense
 from schedules.layer_norm.naive import LayerNormSpec, layer_norm
 
@@ -37,7 +36,7 @@ def target_key() -> TargetKey:
 def kernel_of(func: tirx.PrimFunc, name: str = "kernel", calls: int = 1) -> Kernel:
     space = Space.of(func, native().tvm_target())
     task = Task(name, Workload(space.workload).as_json(), native())
-    return Kernel(name, (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR])), calls, space, task)
+    return Kernel(name, kernel_key(func), calls, space, task)
 
 
 def dense_kernel(rows: int = 257, name: str = "dense") -> Kernel:

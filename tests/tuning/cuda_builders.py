@@ -13,11 +13,11 @@ from tvm.s_tir.meta_schedule.database import Workload
 
 from mega_tvm.cuda.target import resolve_cuda
 from mega_tvm.tuning import cuda_trial, trial, worker_main
+from mega_tvm.tuning.record import kernel_key
 from mega_tvm.tuning.space import Space
 from mega_tvm.tuning.tasks import Kernel
 from mega_tvm.tuning.trial import Task
 from schedules.common.kernel import ScheduledKernel
-from schedules.common.spec import OP_ATTR, SPEC_ATTR
 from tests.cuda.emulator.environment import emulated
 
 SM80 = resolve_cuda("cuda-sm_80")
@@ -26,7 +26,7 @@ SM80 = resolve_cuda("cuda-sm_80")
 def kernel_of(func: tirx.PrimFunc, name: str = "kernel") -> Kernel:
     space = Space.of(func, SM80.tvm_target())
     task = Task(name, Workload(space.workload).as_json(), SM80)
-    return Kernel(name, (str(func.attrs[OP_ATTR]), str(func.attrs[SPEC_ATTR])), 1, space, task)
+    return Kernel(name, kernel_key(func), 1, space, task)
 
 
 @contextlib.contextmanager

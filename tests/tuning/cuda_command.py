@@ -68,6 +68,19 @@ def run_tuning_and_compiles(folder: Path, fleet: bool) -> None:
         assert "stale (made by other versions: mega_tvm 0.0.1," in _plain(said), said
 
 
+def tune_and_compile(log: Path, out: Path, dtype: str) -> str:
+    """Tune for a type, a trial a kernel, and compile by the log; return what tuning said."""
+    with emulated_environment(), _few_trials():
+        said = _tune(log, ["--dtype", dtype, "--trials", "3"])
+        trials = [r for r in read_log(log).records if r.hand_seconds is None]
+        assert trials and all(r.error is None and r.seconds for r in trials), said
+        assert all(dtype in r.key.storage for r in trials)
+        options = ["--target", "cuda-sm_80", "--dtype", dtype, "--tuning-log", str(log)]
+        compiled = _compile(options, out)
+        assert ": hit" in compiled, compiled
+    return _plain(said)
+
+
 def _complete(log: Path) -> None:
     """Add what a longer tuning would find: records of other decisions than the hand schedule's."""
     config = MegaConfig(5, hidden_size=8, ema_dim=2, num_layers=1)

@@ -11,10 +11,12 @@ from tests.cuda.emulator.worker import in_emulator
 def test_every_candidate_is_checked_and_timed() -> None:
     """The operands of each op agree with its schedules; the emulated clock tells candidates."""
     from mega_tvm.tuning.trial import Loaded, build_candidate, task_operands
+    from schedules.common.storage import stored_as
     from schedules.dense.naive import DenseSpec, dense
     from schedules.ema_scan.naive import EmaScanSpec, ema_scan
     from schedules.ema_scan_dense.naive import EmaScanDenseSpec, ema_scan_dense
     from schedules.gated_attention.naive import GatedAttentionSpec, gated_attention
+    from schedules.laplace_attention.naive import LaplaceAttentionSpec, laplace_attention
     from schedules.normed_dense.naive import NormedDenseSpec, normed_dense
     from tests.tuning.cuda_builders import emulated_environment, few_runs, kernel_of
 
@@ -29,6 +31,15 @@ def test_every_candidate_is_checked_and_timed() -> None:
         "scan-dense": ema_scan_dense(EmaScanDenseSpec(1, 59, 3, 13, residual=True)),
         "gated": gated_attention(GatedAttentionSpec(**sizes, **split)),
     }
+    functions |= {
+        "half dense": stored_as(
+            dense(DenseSpec((1, 19), 13, 40)), ["bfloat16", "bfloat16", "float32", "bfloat16"]
+        ),
+        "half gated": stored_as(functions["gated"], ["bfloat16"] * 5),
+        "half laplace": stored_as(
+            laplace_attention(LaplaceAttentionSpec(**sizes, **split)), ["float16"] * 5
+        ),
+    }
     with emulated_environment():
         for name, func in functions.items():
             kernel = kernel_of(func, name)
@@ -40,10 +51,11 @@ def test_every_candidate_is_checked_and_timed() -> None:
 
 @in_emulator
 def test_a_wrong_expectation_is_noticed() -> None:
+    import dataclasses
+
     import numpy as np
     import pytest
 
-    from mega_tvm.tuning.operands import Operands
     from mega_tvm.tuning.trial import Loaded, WrongResultError, build_candidate, task_operands
     from schedules.normed_dense.naive import NormedDenseSpec, normed_dense
     from tests.tuning.cuda_builders import emulated_environment, kernel_of
@@ -56,7 +68,7 @@ def test_a_wrong_expectation_is_noticed() -> None:
     with emulated_environment():
         candidate = build_candidate(kernel.task, kernel.space.hand, right)
     with pytest.raises(WrongResultError, match="outside tolerance"):
-        Loaded.here(candidate, Operands(right.inputs, expected, right.condition)).check()
+        Loaded.here(candidate, dataclasses.replace(right, expected=expected)).check()
 
 
 @in_emulator
@@ -106,8 +118,9 @@ def test_no_device_is_told(tmp_path, capsys) -> None:
         (["--target", "cuda-sm_80+sm_90"], "target cuda-sm_80+sm_90 is of several archs"),
         (["--target", "cuda", "--threads", "2"], "--threads is for CPUs"),
         (["--target", "cuda-sm_75"], "names sm_75, which is not supported"),
+        (["--target", "x86-64-v3", "--dtype", "bfloat16"], "bfloat16 is for GPUs, --target cuda"),
     ],
-    ids=["archs", "threads", "unsupported"],
+    ids=["archs", "threads", "unsupported", "dtype"],
 )
 def test_arguments_that_are_refused(arguments, message, tmp_path, capsys) -> None:
     from mega_tvm.tune import main
@@ -116,6 +129,57 @@ def test_arguments_that_are_refused(arguments, message, tmp_path, capsys) -> Non
     assert main([*arguments, "--tuning-log", str(log)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not log.exists()
+
+
+@in_emulator
+def test_a_log_of_several_types(tmp_path) -> None:
+    """Kernels that differ in their tensors' type alone have records of their own."""
+    import tvm_ffi
+
+    from mega_tvm.tuning.log import append
+    from mega_tvm.tuning.lookup import TunedSchedules
+    from mega_tvm.tuning.record import Record, TargetKey
+    from schedules.common.storage import stored_as
+    from schedules.dense.naive import DenseSpec, dense
+    from schedules.registry import generate
+    from tests.tuning.cuda_builders import SM80, kernel_of
+
+    func, target = dense(DenseSpec((1, 59), 24, 40)), SM80.tvm_target()
+    types = {"float32": func}
+    types |= {
+        dtype: stored_as(func, [dtype, dtype, "float32", dtype])
+        for dtype in ("float16", "bfloat16")
+    }
+    kernels = {dtype: kernel_of(each) for dtype, each in types.items()}
+    tiles = {"float32": 3, "bfloat16": 5}
+    records = [
+        Record.make(kernels[dtype].space, {"tile": tile}, target, 1e-6, hand_seconds=2e-6)
+        for dtype, tile in tiles.items()
+    ]
+    append(tmp_path / "log", TargetKey.of(SM80), records, {"id": "x"})
+    tuned = TunedSchedules(SM80, 1, [tmp_path / "log"])
+    for dtype, each in types.items():
+        found = tuned.schedule(dtype, each, target)
+        if dtype not in tiles:
+            assert tuned.outcomes[dtype].kind == "miss"
+            continue
+        assert str(tuned.outcomes[dtype]) == "hit", tuned.outcomes[dtype]
+        wanted = kernels[dtype].space.schedule({"tile": tiles[dtype]})
+        assert tvm_ffi.structural_equal(found.func, generate(wanted.mod["main"], target).func)
+
+
+@in_emulator
+def test_a_tuning_for_bfloat16(tmp_path) -> None:
+    """The command tunes kernels on tensor cores, and a compile of that type uses them."""
+    from mega_tvm.artifact_format import read_manifest
+    from tests.tuning.cuda_command import tune_and_compile
+
+    out = tmp_path / "model.so"
+    said = tune_and_compile(tmp_path / "log", out, "bfloat16")
+    assert "--target cuda-sm_80 --dtype bfloat16" in said
+    manifest = read_manifest(out)
+    assert manifest["dtype"] == "bfloat16" and manifest["parity"]["checked"]
+    assert manifest["tuning"]["log"]
 
 
 @in_emulator

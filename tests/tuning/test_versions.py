@@ -38,6 +38,13 @@ def test_code_counts_and_comments_do_not(copy) -> None:
     assert source_digest(file) != before
 
 
+def test_what_kernels_call_counts() -> None:
+    file = versions._ROOT / "dense" / "cuda.py"
+    before = source_digest(file, (), "int f();\n")
+    assert source_digest(file, (), "int f();// of a half\n") == before
+    assert source_digest(file, (), "int g();\n") != before
+
+
 @pytest.mark.parametrize(
     ("changed", "counts"),
     [

@@ -7,7 +7,7 @@ whole process: so tests run in a process of their own (`worker.py`). Commands an
 processes of their own find the emulator, and an nvcc that compiles for it, by their environment
 (`environment.py`).
 
-Halves, tensor cores and asynchronous copies are those of `schedules/common/float16.cuh`, whose
+Halves, tensor cores and asynchronous copies are those of `schedules/common/half_types.cuh`, whose
 functions `device_half.h` has again in terms of the engine: their PTX is not run. A copy's bytes
 arrive when its thread waits for it; until then every access of them is reported.
 

@@ -31,7 +31,7 @@ _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?
 
 _SIZES = {
     f"{kind}{n}": size * int(n or 1)
-    for kind, size in {"float": 4, "int": 4, "uint": 4, "half": 2}.items()
+    for kind, size in {"float": 4, "int": 4, "uint": 4, "half": 2, "nv_bfloat16": 2}.items()
     for n in ("", "2", "4")
 }
 _GUARD = 256  # bytes between shared arrays, the alignment of each too

@@ -24,7 +24,27 @@ EMU_VECTOR(int, int, 8)
 EMU_VECTOR(unsigned, uint, 8)
 
 using half = _Float16;
-struct alignas(4) half2 { half x, y; };  // TVM writes out its own half4
+// Rounds to nearest even, as a GPU does; all arithmetic is that of float.
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  nv_bfloat16(float x) {
+    uint32_t wide;
+    memcpy(&wide, &x, 4);
+    bits = x != x ? 0x7fff : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+  }
+  operator float() const {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+  }
+};
+struct alignas(4) half2 { half x, y; };  // TVM writes out its own vectors of 4
+struct alignas(4) nv_bfloat162 {
+  nv_bfloat16 x, y;
+  nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
+};
 
 struct EmuIndex { unsigned x, y, z; };
 extern "C" {

@@ -235,17 +235,12 @@ int source_lane(const Fiber& fiber, int lane) {
 }
 
 // Fragments of halves in registers are spread over the lanes as the PTX ISA says.
-float half_of(uint32_t pair, int which) {
-  _Float16 values[2];
-  memcpy(values, &pair, 4);
-  return values[which];
-}
-
 void multiply(size_t first) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; lane++) {
     const EmuMma& own = *(EmuMma*)fibers[first + lane].data;
     int group = lane / 4, t = lane % 4;
+    auto half_of = [&](uint32_t pair, int which) { return own.widen(pair >> 16 * which); };
     for (int i = 0; i < 2; i++) {
       for (int r = 0; r < 4; r++) a[group + r % 2 * 8][2 * t + r / 2 * 8 + i] = half_of(own.a[r], i);
       for (int r = 0; r < 2; r++) b[2 * t + r * 8 + i][group] = half_of(own.b[r], i);
@@ -266,7 +261,7 @@ void load_matrices(size_t first) {
   for (int lane = 0; lane < 32; lane++) {
     const EmuMatrices& own = *(EmuMatrices*)fibers[first + lane].data;
     for (int m = 0; m < 4; m++) {
-      _Float16 pair[2];
+      uint16_t pair[2];
       for (int i = 0; i < 2; i++) {
         int row = own.transposed ? lane % 4 * 2 + i : lane / 4, col = own.transposed ? lane / 4 : lane % 4 * 2 + i;
         pair[i] = ((EmuMatrices*)fibers[first + m * 8 + row].data)->row[col];

@@ -9,8 +9,8 @@ struct EmuIndex { unsigned x, y, z; };
 enum { EMU_ACTIVE, EMU_SYNC, EMU_INDEX, EMU_UP, EMU_DOWN, EMU_XOR, EMU_MMA, EMU_MATRICES };
 
 // What a lane brings to a product of fragments, and to a load of four matrices.
-struct EmuMma { float* c; const uint32_t *a, *b; };
-struct EmuMatrices { alignas(16) _Float16 row[8]; uint32_t* result; bool transposed; };
+struct EmuMma { float* c; const uint32_t *a, *b; float (*widen)(uint16_t half); };
+struct EmuMatrices { alignas(16) uint16_t row[8]; uint32_t* result; bool transposed; };
 
 __attribute__((visibility("default"))) void* emu_malloc(size_t bytes);
 __attribute__((visibility("default"))) bool emu_free(void* begin);

@@ -95,6 +95,7 @@ class Model {
 
  private:
   friend class Stream;
+  friend class Window;
 
   // What one running call has to itself; those of a symbolic entry serve all its shapes.
   struct Frame {

@@ -65,6 +65,61 @@ class Stream {
     std::memcpy(y, y_->data(), y_->bytes());
   }
 
+  // A copy of the state, for restore(); it stays as it is.
+  class Snapshot {
+    friend class Stream;
+    const Model* model;
+    std::int64_t batch, max_len, used;  // used: frames of each cache
+    bool slides;
+    std::vector<std::int64_t> lengths;
+    std::vector<std::vector<float>> states;
+  };
+
+  Snapshot snapshot() const {
+    Snapshot kept;
+    kept.model = &model_;
+    kept.batch = batch_;
+    kept.max_len = max_len_;
+    kept.slides = slides_;
+    kept.lengths.assign(lengths(), lengths() + batch_);
+    kept.used = std::min(*std::max_element(lengths(), lengths() + batch_), max_len_);
+    for (const State& state : states_) {
+      const std::int64_t size = (state.cache ? kept.used : 1) * state.width;
+      std::vector<float> copy;
+      copy.reserve(static_cast<std::size_t>(batch_ * size));
+      for (std::int64_t row = 0; row < batch_; ++row) {
+        const float* start = state.memory->floats() + row * row_size(state);
+        copy.insert(copy.end(), start, start + size);
+      }
+      kept.states.push_back(std::move(copy));
+    }
+    return kept;
+  }
+
+  // Goes on from a snapshot of this stream, or of another of its model with its batch, max_len and
+  // OnFull. Throws Error if it is of another kind; the state is as before.
+  void restore(const Snapshot& kept) {
+    if (kept.model != &model_ || kept.batch != batch_ || kept.max_len != max_len_ ||
+        kept.slides != slides_) {
+      throw Error("expected a snapshot of a stream with the same model, batch, max_len and OnFull");
+    }
+    for (std::int64_t row = 0; row < batch_; ++row) take(kept, row, row);
+  }
+
+  // Lets each row i go on from row rows[i], for the beams of a search; a row may stand there more
+  // than once. The state is held twice meanwhile.
+  void reorder(const std::vector<std::int64_t>& rows) {
+    if (static_cast<std::int64_t>(rows.size()) != batch_) {
+      throw Error("expected " + std::to_string(batch_) + " rows, found " +
+                  std::to_string(rows.size()));
+    }
+    for (std::int64_t row : rows) check_row(row);
+    const Snapshot kept = snapshot();
+    for (std::int64_t row = 0; row < batch_; ++row) {
+      if (rows[row] != row) take(kept, rows[row], row);
+    }
+  }
+
   // Lets all rows start anew, or one.
   void reset() {
     for (std::int64_t row = 0; row < batch_; ++row) reset(row);
@@ -86,6 +141,22 @@ class Stream {
     std::int64_t width;
     std::unique_ptr<Buffer> memory;
   };
+
+  // Floats of a row.
+  std::int64_t row_size(const State& state) const {
+    return (state.cache ? max_len_ : 1) * state.width;
+  }
+
+  // Lets a row go on from one of a snapshot.
+  void take(const Snapshot& kept, std::int64_t source, std::int64_t row) {
+    lengths()[row] = kept.lengths[source];
+    for (std::size_t i = 0; i < states_.size(); ++i) {
+      const State& state = states_[i];
+      const std::int64_t size = (state.cache ? kept.used : 1) * state.width;
+      std::copy_n(kept.states[i].data() + source * size, size,
+                  state.memory->floats() + row * row_size(state));
+    }
+  }
 
   void describe() {
     const tvm::ffi::String field("stream");
