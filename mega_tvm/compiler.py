@@ -14,13 +14,14 @@ import tvm
 from reference import MegaConfig
 
 from .artifact import check_destination, write_artifact
+from .compiled import Compiled
 from .cuda.target import CudaTarget
 from .dtypes import check_dtype
 from .errors import CompileError
 from .input_shapes import import_entries, input_shapes
 from .model_source import DEFAULT_SEED, positive_option, resolve_model
 from .parity import check_parity
-from .pipeline import Compiled, run_pipeline
+from .pipeline import run_pipeline
 from .stream_plan import NAME as STREAM
 from .stream_plan import NOT_ASKED_FOR, StreamPlan, check_stream, plan_stream
 from .symbolic import MAX_BATCH, MAX_SEQ_LEN, SymbolicPlan, plan_symbolic

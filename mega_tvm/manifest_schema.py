@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from mega_tvm.manifest_field import Field, shorten
 
 # Tensors lie at multiples of it, in the file and in memory, since kernels read whole vectors.
 ALIGNMENT = 64
@@ -29,68 +30,6 @@ ITEM_SIZES = {
 _MAX_DIMENSIONS = 32  # NumPy 1's
 
 
-class Field:
-    """What a manifest's field must be.
-
-    Parameters
-    ----------
-    types : tuple of type
-        JSON types that are accepted; ``type(None)`` where it may be null.
-    items : Field, optional
-        What each element of a list must be.
-    fields : mapping, optional
-        Fields that an object must have; others are allowed.
-    pattern : str, optional
-        A regular expression that a string must match as a whole.
-    least : int
-        The least value of an integer.
-    """
-
-    def __init__(
-        self,
-        *types: type,
-        items: Field | None = None,
-        fields: Mapping[str, Field] | None = None,
-        pattern: str | None = None,
-        least: int = 1,
-    ) -> None:
-        self.types = types
-        self.items = items
-        self.fields = fields
-        self.pattern = pattern
-        self.least = least
-
-    def problem(self, value: object, where: str) -> str | None:
-        """Return what is wrong with a value, or None."""
-        if type(value) not in self.types:  # exact: True is not an int here
-            wanted = " or ".join(_JSON_NAMES[t] for t in self.types)
-            return f"{where} must be {wanted}, found {_shorten(value)}"
-        if type(value) is int and value < self.least:
-            return f"{where} must be at least {self.least}, found {_shorten(value)}"
-        if isinstance(value, str) and self.pattern and not re.fullmatch(self.pattern, value):
-            return f"{where} must match {self.pattern}, found {_shorten(value)}"
-        if isinstance(value, list) and self.items:
-            for i, item in enumerate(value):
-                if wrong := self.items.problem(item, f"{where}[{i}]"):
-                    return wrong
-        if isinstance(value, dict) and self.fields:
-            for name, field in self.fields.items():
-                path = f"{where}.{name}" if where else name
-                if name not in value:
-                    return f"{path} is missing"
-                if wrong := field.problem(value[name], path):
-                    return wrong
-        return None
-
-
-_JSON_NAMES = {
-    str: "a string",
-    int: "an integer",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
 _NULL = type(None)
 _SHA256 = Field(str, pattern="[0-9a-f]{64}")
 _STRINGS = Field(list, items=Field(str))
@@ -334,7 +273,7 @@ def tensor_layout(sizes: Iterable[int]) -> tuple[list[int], int]:
 def _layout_problem(library_bytes: int, tensors: Mapping[str, Any]) -> str | None:
     """Return where tensors are elsewhere than one after the other behind the library."""
     if tensors["offset"] != (expected := round_up(library_bytes)):
-        return f"tensors.offset must be {expected}, found {_shorten(tensors['offset'])}"
+        return f"tensors.offset must be {expected}, found {shorten(tensors['offset'])}"
     items = tensors["items"]
     for i, item in enumerate(items):
         if len(item["shape"]) > _MAX_DIMENSIONS:
@@ -346,12 +285,7 @@ def _layout_problem(library_bytes: int, tensors: Mapping[str, Any]) -> str | Non
     for i, (item, start) in enumerate(zip(items, starts, strict=True)):
         if item["offset"] != start:
             where = f"tensors.items[{i}].offset"
-            return f"{where} must be {_shorten(start)}, found {_shorten(item['offset'])}"
+            return f"{where} must be {shorten(start)}, found {shorten(item['offset'])}"
     if end != tensors["bytes"]:
-        return f"tensors.bytes must be {_shorten(end)}, found {_shorten(tensors['bytes'])}"
+        return f"tensors.bytes must be {shorten(end)}, found {shorten(tensors['bytes'])}"
     return None
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

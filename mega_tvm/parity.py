@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from .compiled import Compiled
 from .cuda.target import CudaTarget
 from .errors import CompileError
 from .model_source import ModelSource
-from .pipeline import Compiled
 from .targets import CpuTarget, machine_runs
 from .tolerances import compare
 

@@ -16,12 +16,12 @@ from tvm import relax
 from tvm.relax.utils import copy_with_new_vars
 
 from .aot import RUN_SUFFIX, tensor_block
+from .compiled import Compiled
 from .errors import CompileError, UnsupportedModelError
 from .frontend.torch import import_symbolic
 from .model_source import ModelSource
 from .passes.canonicalize import canonicalize
 from .passes.carry_state import mark, streaming_problem
-from .pipeline import Compiled
 from .symbolic import OTHER_ONNX, SymbolicPlan, example_shape
 from .symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 from .tolerances import Parity, compare

@@ -15,9 +15,9 @@ import tvm
 from tvm import relax
 
 from .aot import RUN_SUFFIX, tensor_block
+from .compiled import Compiled
 from .errors import CompileError
 from .passes.split_window import FRAME_ROWS, WindowSplit, mark
-from .pipeline import Compiled
 from .symbolic_entry import BATCH, SEQ_LEN, SymbolicEntry, probe_shapes, workspace_bytes
 
 Array = npt.NDArray[np.float32]
