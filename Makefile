@@ -1,7 +1,7 @@
 # make demo   sets up, compiles a genuine Edifice checkpoint, verifies it and runs it
 # make test   sets up, then lint, types and tests
 # make bench  sets up, then measures against the peers
-# make tune-shipped  tunes the default model anew for every shipped log, on this machine, 12 minutes
+# make tune-shipped  tunes the default model anew for every shipped log, on this machine, 10 minutes
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -29,6 +29,7 @@ import numpy as np
 import mega_tvm
 from mega_tvm.errors import ArtifactError, MegaError
 from mega_tvm.symbolic_entry import probe_shapes
+from mega_tvm.tolerances import compare
 
 BATCH = 50
 VALUES = [None, True, 0, 1, -1, 2**70, 1.5, "", "x", [], {}, [1], [[1]], {"a": 1}, "\ud800", "\0"]
@@ -278,7 +279,8 @@ def attempt(path, expected):
     outcome = "right result"
     for call, y in expected:
         try:
-            if call(model).tobytes() != y.tobytes():
+            # Not to the bit: of a shape that the manifest no longer names, another entry's.
+            if not compare(call(model), y).ok:
                 return "wrong result"
         except MegaError as error:
             outcome = f"{type(error).__name__} of a call"
