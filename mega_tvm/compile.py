@@ -88,7 +88,8 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="threads that the library will mostly run with: chooses tuning records (default: 1)",
+        help="threads that the library will mostly run with: chooses tuning records, and may split "
+        "rows over them (default: 1)",
     )
     add("--strict", action="store_true", help="fail where a kernel has no valid tuning record")
     add("--seed", type=int, default=0, metavar="N", help="seed of fresh weights (default: 0)")

@@ -105,7 +105,8 @@ def compile_model(
     use_tuning : bool
         False schedules every kernel by hand.
     threads : int
-        The thread count that the library will mostly run with: it chooses among records.
+        The thread count that the library will mostly run with: it chooses among records, and may
+        split a sequence's rows, see `mega_tvm.passes.split_rows`.
     strict : bool
         Fail where a kernel has no record that is valid.
     disabled_passes : collection of str
