@@ -189,7 +189,10 @@ class Planner:
                 free = [
                     given
                     for param, given in zip(piece.func.params, outer, strict=False)
-                    if param in spent and given in dying and outer.count(given) == 1
+                    if param in spent
+                    and given in dying
+                    and outer.count(given) == 1
+                    and places[given].array == WORKSPACE  # never over the caller's input
                 ]
                 if free:
                     dying.remove(free[0])

@@ -84,3 +84,29 @@ def test_memory_is_given_back(paths, x) -> None:
     first = loaded(x)
     for _ in range(200):
         np.testing.assert_array_equal(loaded(x), first)
+
+
+def test_the_input_is_not_written_over_and_windows_run_in_pieces(tmp_path, rng) -> None:
+    """Without an input projection the residual stream has the shape of the input."""
+    model = mega(embed_dim=16)
+    path = mega_tvm.compile_model(
+        model, output=tmp_path / "m.so", seq_len=60, threads=2, symbolic=False, stream=False
+    )
+    loaded = mega_tvm.load(path, num_threads=2)
+    x = rng.standard_normal((1, 60, 16), dtype=np.float32) * 4  # read in place or copied
+    before = x.copy()
+    assert_parity(loaded(x), float64(model, x))
+    np.testing.assert_array_equal(x, before)
+    model = mega()
+    path = mega_tvm.compile_model(
+        model, output=tmp_path / "w.so", seq_len=60, threads=2, symbolic=False
+    )
+    loaded = mega_tvm.load(path, num_threads=2)
+    assert "left_out" not in loaded.metadata["window"]
+    frames = rng.standard_normal((1, 63, 13), dtype=np.float32)
+    window = loaded.window()
+    window.fill(frames[:, :60])
+    for t in range(60, 63):
+        found = window.push(frames[:, t])
+        whole = np.ascontiguousarray(frames[:, t - 59 : t + 1])
+        np.testing.assert_array_equal(found, loaded(whole))
