@@ -43,7 +43,8 @@ from mega_tvm.errors import (
 )
 from mega_tvm.manifest_schema import manifest_problem, round_up
 
-FORMAT_VERSION = 1
+# 2: kernels take arrays at any address; those of 1 crash on an input that is not aligned.
+FORMAT_VERSION = 2
 MAGIC = b"MEGATVM1"
 
 _FOOTER = struct.Struct("<32sQ8s")  # sha256, length, magic

@@ -73,7 +73,7 @@ def test_the_file_is_as_documented(artifact):
         assert item["offset"] % 64 == 0
         read = np.frombuffer(blob, item["dtype"], tensor.size, item["offset"])
         np.testing.assert_array_equal(read.reshape(item["shape"]), tensor, strict=True)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert set(manifest["versions"]) == {"mega_tvm", "tvm", "tvm_ffi", "llvm"}
     assert manifest | MANIFEST == manifest
 
@@ -217,7 +217,7 @@ def test_lengths_in_the_footer_are_bounded(artifact, refuses):
         b"9" * 10_000,
         b'{"format_version": "1"}',
         b'{"format_version": true}',
-        b'{"format_version": 1}',
+        b'{"format_version": 2}',
     ],
     ids=lambda t: repr(t[:20]),
 )
@@ -226,12 +226,12 @@ def test_other_json_is_refused(artifact, refuses, text):
 
 
 def test_another_format_version_is_refused(artifact, refuses):
-    for version in (0, 2, 10**30):
+    for version in (0, 1, 3, 10**30):
         text = json.dumps({"format_version": version}).encode()
         refuses(
             join(split(artifact)[0], text),
             IncompatibleArtifactError,
-            f"expected format version 1, found {version}",
+            f"expected format version 2, found {version}",
         )
 
 

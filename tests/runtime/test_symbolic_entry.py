@@ -87,7 +87,7 @@ def test_malformed_descriptions(change, words) -> None:
 def complete() -> dict:
     return {
         **copy.deepcopy(MANIFEST),
-        "format_version": 1,
+        "format_version": 2,
         "library": {"sha256": "0" * 64, "bytes": 64},
         "tensors": {"offset": 64, "bytes": 0, "sha256": "0" * 64, "items": []},
         "versions": {"mega_tvm": "0", "tvm": "0.27", "tvm_ffi": "0.1", "llvm": None},

@@ -86,7 +86,7 @@ inline json::Object read(std::ifstream& file, const std::string& path) {
   }
   tvm::ffi::String message;
   const json::Object found = json::Parse(content, &message).cast<json::Object>();
-  if (number(found, "format_version") != 1) {
+  if (number(found, "format_version") != 2) {
     throw Error("is of another format version; compile the model again");
   }
   const json::Object tensors = object(found, "tensors");
