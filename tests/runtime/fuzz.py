@@ -29,7 +29,6 @@ import numpy as np
 import mega_tvm
 from mega_tvm.errors import ArtifactError, MegaError
 from mega_tvm.symbolic_entry import probe_shapes
-from mega_tvm.tolerances import compare
 
 BATCH = 50
 VALUES = [None, True, 0, 1, -1, 2**70, 1.5, "", "x", [], {}, [1], [[1]], {"a": 1}, "\ud800", "\0"]
@@ -265,6 +264,15 @@ def probes(model):
     return [(call, call(model)) for call in calls]
 
 
+def with_other_entries(path, expected):
+    """Add what the symbolic entries give, which run a shape that a manifest no longer names."""
+    model = mega_tvm.load(path)
+    if not model.symbolic_entries:
+        return expected
+    model._runners.clear()
+    return [(call, y, call(model)) for call, y in expected]
+
+
 def attempt(path, expected):
     """Load a mutant and run it; return how that ended."""
     try:
@@ -277,10 +285,9 @@ def attempt(path, expected):
     except Exception:
         return "other exception"
     outcome = "right result"
-    for call, y in expected:
+    for call, *right in expected:
         try:
-            # Not to the bit: of a shape that the manifest no longer names, another entry's.
-            if not compare(call(model), y).ok:
+            if call(model).tobytes() not in {y.tobytes() for y in right}:
                 return "wrong result"
         except MegaError as error:
             outcome = f"{type(error).__name__} of a call"
@@ -319,7 +326,7 @@ def run_batch(mutants, expected, folder):
 def fuzz(path, count, seed=0, families=tuple(FAMILIES), keep=None):
     """Try so many mutants of each family; return the outcomes' counts."""
     source = Source(path)
-    expected = probes(mega_tvm.load(path))
+    expected = with_other_entries(path, probes(mega_tvm.load(path)))
     counts = {}
     with tempfile.TemporaryDirectory() as folder:
         for family in families:
