@@ -20,7 +20,7 @@ of the thread that runs it, which TVM's runtime keeps from one call to the next.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from schedules.common.dims import DimVars, Extent
 
 from .c_function import ITEM, as_c_function, overwritable, packed_form, serial_form
 from .errors import UnsupportedModelError
+from .kernel_list import kernels_by_caller
 from .manifest_schema import ALIGNMENT, tensor_layout
 from .passes.rewrite import Graph
 from .passes.split_rows import KEYS, is_piece
@@ -48,6 +49,7 @@ from .run_function import (
     Planner,
     Step,
     resolve,
+    returned,
 )
 from .workspace_plan import Region, Workspace
 
@@ -87,8 +89,7 @@ def add_run_functions(
         if isinstance(func, relax.Function)
     }
     entries = {name: func for name, func in functions.items() if not is_piece(func)}
-    in_entries = _kernels_of(entries.values())
-    in_pieces = _kernels_of(func for name, func in functions.items() if name not in entries)
+    in_entries, in_pieces = kernels_by_caller(mod)
     kernels: dict[str, Kernel] = {}
     serial: dict[str, Kernel] = {}
     for gvar, func in mod.functions_items():
@@ -120,16 +121,6 @@ def tensor_block(tensors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     for start, array in zip(starts, tensors, strict=True):
         block[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
     return block
-
-
-def _kernels_of(functions: Iterable[relax.Function]) -> set[str]:
-    """Return the names of the kernels that functions call."""
-    return {
-        value.args[0].name_hint
-        for func in functions
-        for _, value in Graph(func).bindings
-        if is_op(value, "call_tir")
-    }
 
 
 def _run_function(graph: Graph, planner: Planner, tensor_bytes: int) -> RunFunction:
@@ -280,9 +271,7 @@ def _inputs(func: relax.Function) -> dict[str, relax.Var]:
 
 def _results(graph: Graph) -> dict[str, relax.Expr]:
     """Return what a function returns, by the name of its argument: ``y``, or ``y_0``, ``y_1``.."""
-    expr: relax.Expr = graph.func.body.body
-    while isinstance(graph.values.get(expr), relax.Var | relax.Tuple):
-        expr = graph.values[expr]
-    if isinstance(expr, relax.Tuple):
-        return {f"y_{i}": field for i, field in enumerate(expr.fields)}
-    return {"y": expr}
+    first, *others = returned(graph)
+    if others or isinstance(graph.func.ret_ty, relax.TupleType):
+        return {f"y_{i}": expr for i, expr in enumerate([first, *others])}
+    return {"y": first}

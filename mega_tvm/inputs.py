@@ -150,6 +150,11 @@ def aligned_empty(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
+def aligned_bytes(size: int) -> npt.NDArray[np.uint8]:
+    """Return at least so many bytes of undefined values, and at least one, as `aligned_empty`."""
+    return aligned_empty((max(1, -(-size // 4)),)).view(np.uint8)
+
+
 def _address(array: npt.NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
     return address

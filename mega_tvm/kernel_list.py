@@ -29,14 +29,27 @@ def calls_of(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Call]]:
                         yield gvar.name_hint, binding.value
 
 
-def kernels_in_pieces(mod: tvm.IRModule) -> set[str]:
-    """Return the kernels that piece functions alone call."""
-    calls: dict[bool, set[str]] = {True: set(), False: set()}
-    pieces = {gvar.name_hint for gvar, func in mod.functions_items() if is_piece(func)}
+def kernel_calls(mod: tvm.IRModule) -> Iterator[tuple[str, str]]:
+    """Yield the kernel of every call of one, with the name of the function that calls."""
     for function, call in calls_of(mod):
         if call.op == Op.get("relax.call_tir"):
-            calls[function in pieces].add(call.args[0].name_hint)
-    return calls[True] - calls[False]
+            yield function, str(call.args[0].name_hint)
+
+
+def kernels_by_caller(mod: tvm.IRModule) -> tuple[set[str], set[str]]:
+    """Return the kernels that entries call, and those that piece functions call."""
+    pieces = {gvar.name_hint for gvar, func in mod.functions_items() if is_piece(func)}
+    calls = list(kernel_calls(mod))
+    return (
+        {kernel for function, kernel in calls if function not in pieces},
+        {kernel for function, kernel in calls if function in pieces},
+    )
+
+
+def kernels_in_pieces(mod: tvm.IRModule) -> set[str]:
+    """Return the kernels that piece functions alone call."""
+    in_entries, in_pieces = kernels_by_caller(mod)
+    return in_pieces - in_entries
 
 
 def describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
@@ -44,11 +57,10 @@ def describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
     pieces = {g.name_hint: piece_count(func) for g, func in mod.functions_items() if is_piece(func)}
     calls: Counter[str] = Counter()
     keys: Counter[str] = Counter()  # over all calls, in units of a piece's rows
-    for function, call in calls_of(mod):
-        if call.op == Op.get("relax.call_tir"):
-            name, count = call.args[0].name_hint, pieces.get(function, 1)
-            calls[name] += count
-            keys[name] += count * (count + 1) // 2
+    for function, name in kernel_calls(mod):
+        count = pieces.get(function, 1)
+        calls[name] += count
+        keys[name] += count * (count + 1) // 2
     kernels = []
     for gvar, func in mod.functions_items():
         if isinstance(func, tirx.PrimFunc):

@@ -42,7 +42,7 @@ from .packing import pack_phase
 from .passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
 from .passes.fast_products import fast_products as fast_products_pass
-from .passes.split_rows import mark_splittable, split_rows, without_pieces
+from .passes.split_rows import mark_splittable, without_pieces
 from .passes.split_window import split_of, without_windows
 from .symbolic_entry import FIXED
 from .targets import CpuTarget
@@ -51,10 +51,27 @@ from .tuning.lookup import TunedSchedules
 PHASES = ("graph", "kernels", "schedule", "pack", "lower")
 
 
-def passes_of(target: CpuTarget | CudaTarget, dtype: str) -> tuple[tvm.transform.Pass, ...]:
-    """Return the passes of the graph phase for a target and a type of weights and activations."""
-    passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else CPU_PASSES))
-    return passes if dtype == FLOAT32 else (*passes, narrow_tensors(dtype))
+def passes_of(
+    target: CpuTarget | CudaTarget, dtype: str, threads: int, *, fast_products: bool = False
+) -> tuple[tvm.transform.Pass, ...]:
+    """Return the passes of the graph phase.
+
+    Parameters
+    ----------
+    target : CpuTarget or CudaTarget
+    dtype : str
+        Type of weights and activations.
+    threads : int
+        The thread count that the library will mostly run with.
+    fast_products : bool
+    """
+    if isinstance(target, CudaTarget):
+        passes = (*GRAPH_PASSES, *CUDA_PASSES)
+    else:
+        passes = (mark_splittable(threads), *GRAPH_PASSES, *CPU_PASSES)
+    if dtype != FLOAT32:
+        passes = (*passes, narrow_tensors(dtype))
+    return (*passes, fast_products_pass) if fast_products else passes
 
 
 def run_pipeline(
@@ -116,14 +133,8 @@ def run_pipeline(
     if debug_dump is not None:
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
-        passes = (*GRAPH_PASSES, *(CUDA_PASSES if isinstance(target, CudaTarget) else CPU_PASSES))
-        if dtype != FLOAT32:
-            passes = (*passes, narrow_tensors(dtype))
-        passes = passes_of(target, dtype)
-        if fast_products:
-            passes = (*passes, fast_products_pass)
-        if isinstance(target, CpuTarget) and split_rows.info.name not in disabled_passes:
-            mod = mark_splittable(mod, 1 if tuned is None else tuned.threads)
+        threads = 1 if tuned is None else tuned.threads
+        passes = passes_of(target, dtype, threads, fast_products=fast_products)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states, windows = states_of(mod), split_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))

@@ -125,26 +125,37 @@ class Planner:
         ----------
         graph : Graph
         places : dict of Var to Place
-            Of parameters and result; all others are added.
+            Of parameters and results; all others are added.
         workspace : Workspace
             Where they are placed.
         """
+        return self._walk(graph, places, workspace, WORKSPACE, self._kernels)
+
+    def _walk(
+        self,
+        graph: Graph,
+        places: dict[relax.Var, Place],
+        memory: Workspace,
+        array: str,
+        kernels: Mapping[str, Kernel],
+    ) -> list[Step]:
+        """Plan a function's bindings in order; what has no place yet gets one in ``array``."""
         steps: list[Step] = []
         last_use = _last_uses(graph)
         for step, (var, value) in enumerate(graph.bindings):
             if is_op(value, "call_tir"):
                 if var not in places:
-                    places[var] = Place(WORKSPACE, workspace.place(var))
-                steps.append(_call(graph, places, var, value, self._kernels))
+                    places[var] = Place(array, memory.place(var))
+                steps.append(_call(graph, places, var, value, kernels))
             elif is_op(value, "call_pure_packed"):
                 if value.args[0].global_symbol == CALL:
                     dying = {v for v, last in last_use.items() if last == step}
-                    steps.append(self._loop(graph, var, value, places, workspace, dying))
+                    steps.append(self._loop(graph, var, value, places, memory, dying))
                 else:
                     places[var] = self._tensor(value)
             for read in {resolve(v, graph) for v in variables(value)}:
                 if last_use.get(read) == step:
-                    workspace.release(read)
+                    memory.release(read)
         return steps
 
     def _tensor(self, fetch: relax.Call) -> Place:
@@ -162,33 +173,33 @@ class Planner:
     ) -> PieceLoop:
         """Plan a loop over pieces, and place its results.
 
-        A result whose kernel may write over its residual takes the residual's place, if nothing
-        needs that any more.
+        A result takes the place of rows that nothing needs any more when a piece's are written.
         """
         piece = Graph(self._functions[call.args[1].value])
         count = piece_count(piece.func)
         outer = [resolve(arg, graph) for arg in call.args[2:]]
-        inner: dict[relax.Var, Place] = {}
-        # The last parameter, if there are more than arguments, is the tensors'.
-        rows = 0
-        for param, var in zip(piece.func.params, outer, strict=False):
-            own, given = shape_of(param), shape_of(var)
-            cut = isinstance(own[1], int) and own[1] != given[1]
-            rows = own[1] if cut else rows
-            inner[param] = _cut(places[var], var, own[1]) if cut else places[var]
+        # Behind the arguments' parameters may come one for the tensors.
+        arguments = list(zip(piece.func.params, outer, strict=False))
+        results = [resolve(expr, piece) for expr in returned(piece)]
+        rows = int(shape_of(results[0])[1])
+        inner = {
+            param: _cut(places[var], var, rows)
+            if shape_of(param)[1] == rows != shape_of(var)[1]
+            else places[var]
+            for param, var in arguments
+        }
         fields = {
             value.index: var
             for var, value in graph.bindings
             if isinstance(value, relax.TupleGetItem) and value.tuple_value == all_rows
         }
-        last_use = _last_uses(piece)
-        for index, result in enumerate(_results(piece)):
+        for index, result in enumerate(results):
             var = fields[index]
             if var not in places:
-                spent = self._spent_rows(piece, result, last_use)
+                spent = self._spent_rows(piece, result)
                 free = [
                     given
-                    for param, given in zip(piece.func.params, outer, strict=False)
+                    for param, given in arguments
                     if param in spent
                     and given in dying
                     and outer.count(given) == 1
@@ -200,27 +211,16 @@ class Planner:
                     workspace.hand_over(free[0], var)
                 else:
                     places[var] = Place(WORKSPACE, workspace.place(var))
-            rows = shape_of(result)[1]
             inner[result] = _cut(places[var], var, rows)
         scratch = Workspace()
-        calls: list[KernelCall] = []
-        for step, (var, value) in enumerate(piece.bindings):
-            if is_op(value, "call_tir"):
-                if var not in inner:
-                    inner[var] = Place(SCRATCH, scratch.place(var))
-                calls.append(_call(piece, inner, var, value, self._serial))
-            elif is_op(value, "call_pure_packed"):
-                inner[var] = self._tensor(value)
-            for read in {resolve(v, piece) for v in variables(value)}:
-                if last_use.get(read) == step:
-                    scratch.release(read)
-        failed = Place(WORKSPACE, workspace.reserve(count))
+        steps = self._walk(piece, inner, scratch, SCRATCH, self._serial)
+        calls = [step for step in steps if isinstance(step, KernelCall)]  # pieces hold no pieces
+        failed = Place(WORKSPACE, workspace.spare(count))
         return PieceLoop(count, rows, calls, sum(scratch.sizes.values()), failed)
 
-    def _spent_rows(
-        self, piece: Graph, result: relax.Var, last_use: Mapping[relax.Var, int]
-    ) -> list[relax.Var]:
+    def _spent_rows(self, piece: Graph, result: relax.Var) -> list[relax.Var]:
         """Return the parameters whose rows nothing needs any more as a result's are written."""
+        last_use = _last_uses(piece)
         step = [var for var, _ in piece.bindings].index(result)
         value = piece.values[result]
         over = self._serial[value.args[0].name_hint].overwritable
@@ -247,12 +247,12 @@ def resolve(expr: relax.Expr, graph: Graph) -> relax.Var:
     return expr
 
 
-def _results(graph: Graph) -> list[relax.Var]:
-    """Return the variables that a piece function returns."""
-    returned = graph.func.body.body
-    while isinstance(returned, relax.Var):
-        returned = graph.values[returned]
-    return [resolve(field, graph) for field in returned.fields]
+def returned(graph: Graph) -> list[relax.Expr]:
+    """Return what a function returns, one expression or the fields of a tuple."""
+    expr: relax.Expr = graph.func.body.body
+    while isinstance(graph.values.get(expr), relax.Var | relax.Tuple):
+        expr = graph.values[expr]
+    return list(expr.fields) if isinstance(expr, relax.Tuple) else [expr]
 
 
 def _last_uses(graph: Graph) -> dict[relax.Var, int]:

@@ -7,7 +7,6 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.inputs import aligned_empty
-from mega_tvm.manifest_schema import ALIGNMENT
 
 Array = npt.NDArray[np.float32]
 
@@ -17,21 +16,16 @@ class SlidingRows:
 
     It starts one row further on for each new one: a batch's rows stay where they are, and its new
     row takes the place of the next one's oldest. At the end of the memory, after ``length`` rows,
-    all move back to its start. Kernels read aligned memory alone: for them, rows that are no whole
-    cache lines move by one place each time.
+    all move back to its start.
 
     Parameters
     ----------
     batch, length, width : int
-    for_kernels : bool
-        Whether `array` must be aligned.
     """
 
-    def __init__(self, batch: int, length: int, width: int, *, for_kernels: bool) -> None:
+    def __init__(self, batch: int, length: int, width: int) -> None:
         self._shape = (batch, length, width)
-        slides = not for_kernels or width * 4 % ALIGNMENT == 0
-        self._spare = length if slides else 0  # rows
-        self._memory = aligned_empty(((batch * length + self._spare) * width,))
+        self._memory = aligned_empty(((batch + 1) * length * width,))
         self._memory[:] = 0
         self._start = 0  # row
         self._tensors: dict[int, tvm_ffi.Tensor] = {}
@@ -47,7 +41,7 @@ class SlidingRows:
     def tensor(self) -> tvm_ffi.Tensor:
         """The same as an argument of a compiled function."""
         if (tensor := self._tensors.get(self._start)) is None:
-            tensor = tvm_ffi.from_dlpack(self.array, require_alignment=ALIGNMENT)
+            tensor = tvm_ffi.from_dlpack(self.array)
             self._tensors[self._start] = tensor
         return tensor
 
@@ -55,7 +49,7 @@ class SlidingRows:
         """Add rows ``[batch, n, width]``, n up to the length, in place of the n oldest."""
         batch, length, width = self._shape
         n = rows.shape[1]
-        if self._start + n <= self._spare:
+        if self._start + n <= length:
             self._start += n
         else:
             kept = (batch * length - n) * width

@@ -65,7 +65,6 @@ class Stream:
     ) -> None:
         self._model = model
         self._entry = entry
-        self._run = run
         self._batch = positive("batch", batch)
         self._max_len = positive("max_len", max_len)
         if on_full not in ON_FULL:

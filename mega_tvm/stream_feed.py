@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from mega_tvm.inputs import aligned_empty
+from mega_tvm.inputs import aligned_bytes, aligned_empty
 from mega_tvm.stream_state import StreamEntry, StreamState
 from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 
@@ -48,8 +48,7 @@ class Feeder:
         self._x = aligned_empty((batch * self._piece * entry.input_width,))
         self._y = aligned_empty((batch, *entry.output_shape))
         size = workspace_bytes(entry.workspace, {BATCH: batch, SEQ_LEN: self._piece})
-        workspace = aligned_empty((-(-size // 4) + 1,)).view(np.uint8)
-        self._workspace = _tensor(workspace)
+        self._workspace = _tensor(aligned_bytes(size))
         self._step_x = self._x[: batch * entry.input_width].reshape(batch, -1)
         self._step_arguments = self._arguments(slice(0, batch), 1)
 

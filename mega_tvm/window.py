@@ -53,7 +53,7 @@ class Window:
         self._output_shape = entry.output_shape
         self._saving = saving
         batch, seq_len, width = entry.input_shape
-        self._frames = SlidingRows(batch, seq_len, width, for_kernels=saving is None)
+        self._frames = SlidingRows(batch, seq_len, width)
         self._length = 0
         self._new = 0  # frames since the last run that saved rows
 

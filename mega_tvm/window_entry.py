@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tvm_ffi
 
 from mega_tvm.entries import Entry, as_argument
-from mega_tvm.inputs import aligned_empty
+from mega_tvm.inputs import aligned_bytes, aligned_empty
 from mega_tvm.sliding_rows import SlidingRows
 from mega_tvm.symbolic_entry import BATCH, SEQ_LEN, workspace_bytes
 
@@ -39,12 +39,10 @@ class WindowEntry:
         self._names = description["name"], rest["name"]
         self._frame_rows, self._rest = (model.function(name) for name in self._names)
         self._frame_workspace = description["workspace"]
-        self._rows = [
-            SlidingRows(batch, length, row, for_kernels=True) for row in description["widths"]
-        ]
+        self._rows = [SlidingRows(batch, length, row) for row in description["widths"]]
         self._y = aligned_empty(entry.output_shape)
         sizes = {BATCH: batch, SEQ_LEN: length}
-        workspace = as_argument(_bytes(workspace_bytes(rest["workspace"], sizes)))
+        workspace = as_argument(aligned_bytes(workspace_bytes(rest["workspace"], sizes)))
         self._last = (model.tensor_block, workspace, as_argument(self._y))
         self._one = self._memory(batch, 1, width)
 
@@ -76,8 +74,4 @@ class WindowEntry:
         arrays += [aligned_empty((batch, n, rows.array.shape[2])) for rows in self._rows]
         size = workspace_bytes(self._frame_workspace, {BATCH: batch, SEQ_LEN: n})
         x, *rows = map(as_argument, arrays)
-        return arrays, (x, self._model.tensor_block, as_argument(_bytes(size)), *rows)
-
-
-def _bytes(size: int) -> npt.NDArray[np.uint8]:
-    return aligned_empty((max(1, -(-size // 4)),)).view(np.uint8)
+        return arrays, (x, self._model.tensor_block, as_argument(aligned_bytes(size)), *rows)

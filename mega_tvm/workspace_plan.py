@@ -34,9 +34,15 @@ class Workspace:
         region = tuple(sorted(dim for dim in dims if isinstance(dim, str)))
         elements = math.prod(dim for dim in dims if isinstance(dim, int))
         size = round_up(max(elements * np.dtype(str(var.ty.dtype)).itemsize, 1))
-        return self._place(var, region, size)
+        start = self._find(region, size)
+        self._live[var] = (region, start, start + size)
+        return region, start
 
-    def _place(self, var: relax.Var, region: Region, size: int) -> Offset:
+    def spare(self, size: int) -> Offset:
+        """Return bytes that nothing which lives has: they are free again for what comes next."""
+        return (), self._find((), round_up(size))
+
+    def _find(self, region: Region, size: int) -> int:
         start = 0
         for other, begin, end in sorted(self._live.values()):
             if other != region:
@@ -44,13 +50,8 @@ class Workspace:
             if start + size <= begin:
                 break
             start = max(start, end)
-        self._live[var] = (region, start, start + size)
         self.sizes[region] = max(self.sizes.get(region, ALIGNMENT), start + size)
-        return region, start
-
-    def reserve(self, size: int) -> Offset:
-        """Reserve bytes that are never given back."""
-        return self._place(relax.Var("reserved"), (), round_up(size))
+        return start
 
     def hand_over(self, var: relax.Var, heir: relax.Var) -> None:
         """Let another variable have a variable's bytes."""

@@ -8,9 +8,10 @@ and quartiles.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from mega_tvm.console import console, run_command
 from mega_tvm.errors import MegaError
-from mega_tvm.runtime import Model, load
+from mega_tvm.runtime import load
 
 CALLS_A_TURN = 8
 
@@ -51,7 +52,7 @@ def _bench(first: Path, second: Path, threads: int, rounds: int) -> int:
             "libraries that were compiled for the same shapes"
         )
     x = np.random.default_rng(0).standard_normal(inputs[0]["shape"], dtype=np.float32)
-    times = paired_times(models, x, rounds)
+    times = paired_times([functools.partial(model, x) for model in models], rounds)
     out = console()
     out.print(f"threads: {models[0].num_threads}, input: {inputs[0]['shape']}", markup=False)
     for path, column in zip((first, second), times.T, strict=True):
@@ -64,28 +65,26 @@ def _bench(first: Path, second: Path, threads: int, rounds: int) -> int:
     return 0
 
 
-def paired_times(
-    models: Sequence[Model], x: npt.NDArray[np.float32], rounds: int
-) -> npt.NDArray[np.float64]:
-    """Return the shortest call of each turn in microseconds, ``[rounds, len(models)]``.
+def paired_times(calls: Sequence[Callable[[], object]], rounds: int) -> npt.NDArray[np.float64]:
+    """Return the shortest call of each turn in microseconds, ``[rounds, len(calls)]``.
 
-    The order is reversed from round to round: no model has another one's caches every time.
+    The order is reversed from round to round: none has another one's caches every time.
     """
-    for model in models:
-        _shortest(model, x)
-    times = np.empty((rounds, len(models)))
+    for call in calls:
+        _shortest(call)
+    times = np.empty((rounds, len(calls)))
     for index in range(rounds):
-        order = range(len(models)) if index % 2 == 0 else reversed(range(len(models)))
+        order = range(len(calls)) if index % 2 == 0 else reversed(range(len(calls)))
         for place in order:
-            times[index, place] = _shortest(models[place], x)
+            times[index, place] = _shortest(calls[place])
     return times
 
 
-def _shortest(model: Model, x: npt.NDArray[np.float32]) -> float:
+def _shortest(call: Callable[[], object]) -> float:
     times = []
     for _ in range(CALLS_A_TURN):
         start = time.perf_counter()
-        model(x)
+        call()
         times.append(time.perf_counter() - start)
     return min(times) * 1e6
 

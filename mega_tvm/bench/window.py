@@ -7,8 +7,8 @@ the newest frame alone what frames keep, the other of all of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from mega_tvm.runtime import Model, load
 from mega_tvm.window import Window
 
 from .environment import QUIET_LOAD, hardware, pin
-from .paired import CALLS_A_TURN
+from .paired import paired_times
 from .stream import numbers
 
 _MODULE = "mega_tvm.bench.window"
@@ -58,7 +58,7 @@ def _bench(options: argparse.Namespace) -> int:
     out.print("batch  frames   full run us: min  median   keeping us: min  median   full / keeping")
     for batch in options.batch:
         keeping, full = _windows(model, batch, options.seq_len)
-        times = _paired([full, keeping], options.rounds)
+        times = paired_times([_push(full), _push(keeping)], options.rounds)
         low, middle, high = np.quantile(times[:, 0] / times[:, 1], [0.25, 0.5, 0.75])
         (full_min, keeping_min), (full_mid, keeping_mid) = times.min(0), np.median(times, 0)
         out.print(
@@ -81,31 +81,11 @@ def _windows(model: Model, batch: int, seq_len: int | None) -> tuple[Window, Win
     return windows
 
 
-def _paired(
-    windows: Sequence[Window], rounds: int
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Return the shortest push of each turn in microseconds, ``[rounds, len(windows)]``."""
-    times = np.empty((rounds, len(windows)))
-    pushes = [_push(window) for window in windows]
-    for turn in range(-1, rounds):
-        order = range(len(windows)) if turn % 2 == 0 else reversed(range(len(windows)))
-        for place in order:
-            times[turn, place] = min(pushes[place]() for _ in range(CALLS_A_TURN))
-    return times
-
-
-def _push(window: Window) -> Callable[[], float]:
-    """Return a call that pushes a frame and returns its time in microseconds."""
+def _push(window: Window) -> Callable[[], object]:
+    """Return a call that pushes a frame."""
     batch, _, width = window.entry.input_shape
     x_t = np.random.default_rng(1).standard_normal((batch, width), np.float32)
-    y = np.empty(window.entry.output_shape, np.float32)
-
-    def push() -> float:
-        start = time.perf_counter()
-        window.push(x_t, out=y)
-        return (time.perf_counter() - start) * 1e6
-
-    return push
+    return functools.partial(window.push, x_t, out=np.empty(window.entry.output_shape, np.float32))
 
 
 if __name__ == "__main__":

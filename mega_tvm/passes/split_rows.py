@@ -29,6 +29,7 @@ from ..relax_ops import is_op, shape_of
 from .rewrite import Graph, variables
 from .row_stages import Stages, Use
 
+NAME = "split_rows"
 CALL = "mega.pieces"
 KEYS = "keys"
 # Frames from which on a sequence is split whatever the number of threads: whole, the default model
@@ -46,23 +47,28 @@ def mark(func: relax.Function, rows: int) -> relax.Function:
     return func.with_attr(ROWS_ATTR, rows)
 
 
-def mark_splittable(mod: tvm.IRModule, threads: int) -> tvm.IRModule:
-    """Mark the functions of a module for which it pays to run some rows at a time.
+def mark_splittable(threads: int) -> tvm.transform.Pass:
+    """Return the pass that marks the functions for which `split_rows` pays.
+
+    It has the same name: both are switched off together.
 
     Parameters
     ----------
-    mod : tvm.IRModule
     threads : int
         The thread count that the library will mostly run with.
     """
-    mod = mod.clone()
-    for gvar, func in mod.functions_items():
-        shape = shape_of(func.params[0]) if isinstance(func, relax.Function) else ()
-        if len(shape) == 3 and shape[0] == 1 and isinstance(shape[1], int):
-            rows = rows_for(shape[1], threads)
-            if rows is not None:
-                mod.update_func(gvar, mark(func, rows))
-    return mod
+
+    def transform(mod: tvm.IRModule, _ctx: object) -> tvm.IRModule:
+        mod = mod.clone()
+        for gvar, func in mod.functions_items():
+            shape = shape_of(func.params[0]) if isinstance(func, relax.Function) else ()
+            if len(shape) == 3 and shape[0] == 1 and isinstance(shape[1], int):
+                rows = rows_for(shape[1], threads)
+                if rows is not None:
+                    mod.update_func(gvar, mark(func, rows))
+        return mod
+
+    return tvm.transform.module_pass(transform, opt_level=0, name=NAME)
 
 
 def rows_for(seq_len: int, threads: int) -> int | None:
@@ -226,4 +232,4 @@ def _transform(mod: tvm.IRModule, _ctx: object) -> tvm.IRModule:
     return mod
 
 
-split_rows = tvm.transform.module_pass(_transform, opt_level=0, name="split_rows")
+split_rows = tvm.transform.module_pass(_transform, opt_level=0, name=NAME)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import torch
 from tvm import tirx
-from tvm.ir import Op
 from tvm.s_tir.meta_schedule.database import Workload
 
 from schedules.registry import kernel_op
@@ -17,8 +16,7 @@ from ..cuda.target import CudaTarget
 from ..dtypes import FLOAT32
 from ..frontend.onnx import OnnxModel
 from ..input_shapes import import_entries
-from ..kernel_list import calls_of, kernels_in_pieces
-from ..passes.split_rows import mark_splittable
+from ..kernel_list import kernel_calls, kernels_in_pieces
 from ..pipeline import graph_phase, kernel_phase, passes_of
 from ..targets import CpuTarget, with_threads
 from .record import KernelKey, kernel_key
@@ -73,15 +71,9 @@ def extract_kernels(
     tvm_target = measured.tvm_target()
     with tvm_target:
         mod = import_entries(module, shapes)[0]
-        if isinstance(target, CpuTarget):
-            mod = mark_splittable(mod, threads)
-        mod = kernel_phase(graph_phase(mod, passes=passes_of(target, dtype)))
+        mod = kernel_phase(graph_phase(mod, passes=passes_of(target, dtype, threads)))
     in_pieces = kernels_in_pieces(mod)
-    called = Counter(
-        str(call.args[0].name_hint)
-        for _, call in calls_of(mod)
-        if call.op == Op.get("relax.call_tir")
-    )
+    called = Counter(kernel for _, kernel in kernel_calls(mod))
     kernels: dict[KernelKey, Kernel] = {}
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc) or kernel_op(func) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,9 @@ def float64(module: nn.Module, x: np.ndarray) -> np.ndarray:
 def mega(**options: object) -> Mega:
     """Return a very small Mega, which compiles in a second or two."""
     return random_mega(**{"hidden_size": 16, "num_layers": 1, "seq_len": 5, **options})
+
+
+def resident_bytes() -> int:
+    """Return this process' memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from mega_tvm.bench.flops import executed_flops
 from mega_tvm.errors import MegaError
 from mega_tvm.tolerances import assert_parity
 from mega_tvm.tracing import name_layers, trace
-from tests.compiler.models import float64, mega
+from tests.compiler.models import float64, mega, resident_bytes
 
 ROWS, T = 16, 112  # seven pieces, the last in the middle of the order
 
@@ -82,8 +82,16 @@ def test_memory_is_given_back(paths, x) -> None:
     """A piece's own memory stays with its thread, from one call to the next."""
     loaded = mega_tvm.load(paths["pieces"], num_threads=2)
     first = loaded(x)
-    for _ in range(200):
-        np.testing.assert_array_equal(loaded(x), first)
+
+    def grown_by(calls: int) -> int:
+        before = resident_bytes()
+        for _ in range(calls):
+            np.testing.assert_array_equal(loaded(x), first)
+        return resident_bytes() - before
+
+    grown_by(100)
+    # The feed-forward layer's rows of one piece in each call would be as much.
+    assert grown_by(1000) < 1000 * ROWS * 48 * 4
 
 
 def test_the_input_is_not_written_over_and_windows_run_in_pieces(tmp_path, rng) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tvm
@@ -13,7 +10,7 @@ from tvm import relax
 from mega_tvm.frontend.torch import import_module
 from mega_tvm.pipeline import run_pipeline
 from mega_tvm.targets import resolve_target
-from tests.compiler.models import mega
+from tests.compiler.models import mega, resident_bytes
 
 SHAPE = (3, 5, 13)
 
@@ -39,15 +36,10 @@ def test_a_call_gives_back_all_memory_that_it_takes(compiled, rng) -> None:
     x = rng.standard_normal(SHAPE, dtype=np.float32)
 
     def grown_by(calls: int) -> int:
-        before = _resident_bytes()
+        before = resident_bytes()
         for _ in range(calls):
             compiled.run("main", x, (3, 16))
-        return _resident_bytes() - before
+        return resident_bytes() - before
 
     grown_by(100)
     assert grown_by(1000) < 1000 * 3 * 64 * 16 * 4 / 2
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from tests.cuda.devices import on_every_device
+from tests.standalone import REFUSE_COMPILER, bare_environment
 
-SCRIPT = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tvm", "torch", "onnx", "reference", "schedules"):
-            raise ImportError(f"{name} must not be imported")
-sys.meta_path.insert(0, Refuse())
-import numpy as np, mega_tvm
+SCRIPT = (
+    REFUSE_COMPILER
+    + """
 def refuse(event, arguments):
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
         raise RuntimeError(f"{event}: loading needs no other program")
@@ -21,12 +17,11 @@ model = mega_tvm.load(library)
 np.save(y, model(np.load(x)))
 print("nvrtc" in open("/proc/self/maps").read())
 """
+)
 
 
 @on_every_device
 def test_nothing_is_compiled_where_it_runs() -> None:
-    import importlib.metadata
-    import os
     import subprocess
     import sys
     import tempfile
@@ -40,17 +35,7 @@ def test_nothing_is_compiled_where_it_runs() -> None:
     from tests.cuda.models import compiled
 
     path, golden, _ = compiled("odd")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("TVM_", "CUDA_", "LD_PRELOAD"))
-    } | {
-        "PATH": "",
-        "PYTHONPATH": str(Path(mega_tvm.__file__).parents[1]),
-        "MEGA_TVM_RUNTIME": str(
-            importlib.metadata.distribution("apache-tvm").locate_file("tvm/lib")
-        ),
-    }
+    environment = bare_environment("CUDA_", "LD_PRELOAD")
     if not device.is_real():
         environment["LD_PRELOAD"] = " ".join(map(str, activate.libraries()))
     with tempfile.TemporaryDirectory() as folder:

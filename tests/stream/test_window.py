@@ -198,7 +198,7 @@ def test_before_it_is_full_the_run_is_on_the_frames_so_far() -> None:
 @pytest.mark.parametrize("width", [16, 13], ids="width{}".format)
 @pytest.mark.parametrize("batch", [1, 3], ids="batch{}".format)
 def test_sliding_rows(batch, width) -> None:
-    rows = SlidingRows(batch, 5, width, for_kernels=True)
+    rows = SlidingRows(batch, 5, width)
     x = np.concatenate([np.zeros((batch, 5, width), np.float32), frames(batch, 60, width)], axis=1)
     end = 5
     for n in [1] * 14 + [3, 2, 5, 1, 4, 5, 5, 1]:

@@ -15,15 +15,13 @@ namespace mega_tvm {
 
 // An array [batch, length, width] that drops its oldest rows as new ones come. It starts one row
 // further on for each new one: a batch's rows stay where they are, and its new row takes the place
-// of the next one's oldest. At the end of the memory all move back to its start. Rows that are no
-// whole cache lines move by one place each time, since kernels read aligned memory.
+// of the next one's oldest. At the end of the memory all move back to its start.
 class SlidingRows {
  public:
   SlidingRows(std::int64_t batch, std::int64_t length, std::int64_t width)
       : shape_(manifest::checked(Shape{batch, length, width})),
-        spare_(width * sizeof(float) % kAlignment == 0 ? length : 0),
-        memory_(kFloat32, manifest::checked(Shape{batch * length + spare_, width})) {
-    std::fill_n(memory_.floats(), (batch * length + spare_) * width, 0.0f);
+        memory_(kFloat32, manifest::checked(Shape{batch + 1, length, width})) {
+    std::fill_n(memory_.floats(), (batch + 1) * length * width, 0.0f);
     strides_ = {length * width, width, 1};
     tensor_ = *memory_.tensor();
     tensor_.ndim = 3;
@@ -40,7 +38,7 @@ class SlidingRows {
   // Adds rows [batch, n, width], n up to the length, in place of the n oldest.
   void append(const float* rows, std::int64_t n) {
     const std::int64_t batch = shape_[0], length = shape_[1], width = shape_[2];
-    if (start_ + n <= spare_) {
+    if (start_ + n <= length) {
       start_ += n;
     } else {
       std::memmove(memory_.floats(), memory_.floats() + (start_ + n) * width,
@@ -58,7 +56,7 @@ class SlidingRows {
 
  private:
   Shape shape_, strides_;
-  std::int64_t spare_, start_ = 0;  // rows
+  std::int64_t start_ = 0;  // row
   Buffer memory_;
   DLTensor tensor_{};
 };
