@@ -127,7 +127,7 @@ class Model:
         x : array
             float32, of one of the shapes in `entries`, or within the limits of one of
             `symbolic_entries`: a NumPy array, or anything on the CPU that exports DLPack. Where it
-            is larger than 32 KiB, C-contiguous, writable and aligned to 64 bytes, it is read in
+            is larger than 32 KiB, C-contiguous and writable, it is read in
             place; it is copied otherwise.
         out : array, optional
             Takes the result: float32, of the entry's output shape, writable; with any strides and
