@@ -30,6 +30,7 @@ from schedules.registry import hand_schedule, kernel_op
 
 from .aot import add_run_functions
 from .compiled import Compiled
+from .core_probe import pairs_pay
 from .cuda.lowering import generated_source, launch_threads, lower_cuda
 from .cuda.narrow_tensors import narrow_tensors
 from .cuda.passes import CUDA_PASSES
@@ -42,6 +43,7 @@ from .packing import pack_phase
 from .passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
 from .passes.fast_products import fast_products as fast_products_pass
+from .passes.pair_products import pair_products
 from .passes.split_rows import mark_splittable, without_pieces
 from .passes.split_window import split_of, without_windows
 from .symbolic_entry import FIXED
@@ -69,6 +71,8 @@ def passes_of(
         passes = (*GRAPH_PASSES, *CUDA_PASSES)
     else:
         passes = (mark_splittable(threads), *GRAPH_PASSES, *CPU_PASSES)
+        if target.name != "native" or not pairs_pay(target.tvm_target()):
+            passes = tuple(p for p in passes if p.info.name != pair_products.info.name)
     if dtype != FLOAT32:
         passes = (*passes, narrow_tensors(dtype))
     return (*passes, fast_products_pass) if fast_products else passes

@@ -133,6 +133,7 @@ def dense_fields(call: relax.Call) -> dict[str, Any]:
         "residual": len(call.args) == 4,
         "swiglu": bool(call.attrs["swiglu"]),
         "sigmoid_from": int(call.attrs["sigmoid_from"]),
+        "paired": bool(call.attrs["paired"]),
     }
 
 
@@ -152,10 +153,12 @@ def dense(
     *,
     swiglu: bool = False,
     sigmoid_from: int = -1,
+    paired: bool = False,
 ) -> relax.Call:
     """Return ``epilogue(x @ w + b)``; the fields are those of `DenseSpec`."""
     args = [x, w, b] if residual is None else [x, w, b, residual]
-    return relax.Call(_DENSE, args, dict_attrs(swiglu=int(swiglu), sigmoid_from=sigmoid_from))
+    attrs = dict_attrs(swiglu=int(swiglu), sigmoid_from=sigmoid_from, paired=int(paired))
+    return relax.Call(_DENSE, args, attrs)
 
 
 # layer_norm -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from .fold_scale import fold_scale
 from .fuse_epilogues import fuse_residual, fuse_sigmoid, fuse_swiglu
 from .merge_projections import merge_projections
 from .merge_query_key import merge_query_key
+from .pair_products import pair_products
 from .narrow_weights import narrow_weights
 from .prune_last_timestep import prune_last_timestep
 from .reassociate_values import reassociate_values
@@ -37,8 +38,8 @@ GRAPH_PASSES: tuple[tvm.transform.Pass, ...] = (
     narrow_weights,
     split_window,
 )
-# Behind these, on CPUs.
-CPU_PASSES: tuple[tvm.transform.Pass, ...] = (split_rows,)
+# Behind these, on CPUs; products in pairs on those where they pay.
+CPU_PASSES: tuple[tvm.transform.Pass, ...] = (pair_products, split_rows)
 REQUIRED_PASSES = frozenset({"canonicalize", "carry_state", "narrow_weights", "split_window"})
 OPTIONAL_PASSES = tuple(
     graph_pass.info.name

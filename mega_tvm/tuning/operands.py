@@ -20,6 +20,7 @@ from schedules.common.attention import AttentionSpec
 from schedules.common.dims import known
 from schedules.common.storage import FLOAT32, storage_of
 from schedules.dense.naive import DenseSpec
+from schedules.dense.pairs import scaled_columns
 from schedules.ema_scan.naive import EmaScanSpec
 from schedules.ema_scan_dense.naive import EmaScanDenseSpec
 from schedules.gated_attention.naive import GatedAttentionSpec
@@ -93,6 +94,8 @@ def _dense(rng: _Random, spec: DenseSpec, normed: Callable[[Array], Array] = np.
     x, b = rng.normal(*known(spec.lead), spec.k), rng.normal(spec.n)
     w = rng.normal(spec.k, spec.n, divisor=math.sqrt(spec.k))
     y = normed(x.astype(np.float64)) @ w + b
+    if spec.paired:
+        w, b = scaled_columns(w, b)
     if spec.swiglu:
         gate, up = np.split(y, 2, axis=-1)
         y = gate * numpy_mega.sigmoid(gate) * up

@@ -33,18 +33,18 @@ from ..common import decisions
 from ..common.cpu_features import VectorUnit, vector_unit
 from ..common.dims import DimVars, ceil_div
 from ..common.kernel import ScheduledKernel
-from ..common.prefetch import INTO_L1, INTO_L2, READ, WRITE
-from ..common.prefetch import prefetch as fetch_line
-from ..common.row_tiles import RowTiles, opaque
-from ..common.vector_math import sigmoid, silu
-from .naive import DenseSpec, dense_prim_func
+from .kernel import Blocking, dense_kernel
+from .naive import DenseSpec
 from .packing import PanelLayout
+from .paired_kernel import paired_kernel
+from .pairs import LANES
 
 # Rows of x that share one pass over the weights: 120 rows of k = 256 are 120 KB, an eighth of the
 # L2 beside the panel's 64 KB.
 BLOCK_M = 120
-LINE = 16  # float32 of a cache line
 NARROWEST = 4  # lanes
+# Rows of a tile that multiplies in pairs, and the least rows that do.
+PAIRED_ROWS, LEAST_PAIRED_ROWS = 10, 6
 # A model no wider than this has its weights in L2 from call to call (width 64: 21.9 us with
 # prefetches, 21.8 without). Wider ones lose 3 to 8% without; 2 panels ahead differ little from 1.
 NARROW = 192
@@ -81,6 +81,17 @@ def schedule(sch: Schedule, target: Target) -> None:
     decisions.sample(sch, "block_m", sorted({*blocks, block_m}), block_m)
     ahead = 0 if max(spec.k, spec.out_n) <= NARROW else 1
     decisions.sample(sch, "prefetch", [0, 1, 2], ahead)
+    if spec.paired and isinstance(lead, int) and unit.lanes == LANES:
+        pairs = [m for m in (6, 8, 10, 12) if m <= rows]
+        default = paired_rows(lead)
+        decisions.sample(sch, "pairs", sorted({0, *pairs, default}), default)
+
+
+def paired_rows(rows: int) -> int:
+    """Return the rows of a tile that multiplies in pairs, 0 for few rows."""
+    if rows < LEAST_PAIRED_ROWS:
+        return 0
+    return ceil_div(rows, ceil_div(rows, PAIRED_ROWS))
 
 
 def dense_unit(spec: DenseSpec, target: Target) -> VectorUnit:
@@ -161,161 +172,9 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     for rows in range(1, chosen["tile_m"] + 1):
         panels = joined_panels(rows, chosen["panel_vectors"], unit)
         joined.append(max(1, min(panels, layout.full_panels)))
-    kernel = _kernel(spec, layout, joined, chosen["block_m"], chosen["prefetch"])
+    if pairs := chosen.get("pairs", 0):
+        kernel = paired_kernel(layout, pairs, chosen["block_m"], chosen["prefetch"])
+    else:
+        blocking = Blocking(tuple(joined), chosen["block_m"], chosen["prefetch"])
+        kernel = dense_kernel(layout, blocking)
     return ScheduledKernel(kernel, {1: layout.pack_weight, 2: layout.pack_bias})
-
-
-def _kernel(
-    spec: DenseSpec, layout: PanelLayout, joined: list[int], block_m: int, prefetch: int
-) -> tirx.PrimFunc:
-    """Return the kernel; ``joined[i]`` is how many panels a tile of ``i + 1`` rows takes."""
-    dims = DimVars()
-    M, K, L = dims.rows(spec.lead), spec.k, layout.lanes
-    width, panels, full_panels = layout.width, layout.panels, layout.full_panels
-    tail_width, size, padded_n = layout.tail_width, layout.size, layout.padded_n
-    out_n, swiglu, sigmoid_from = spec.out_n, spec.swiglu, spec.sigmoid_from
-    has_residual, has_sigmoid = spec.residual, 0 <= sigmoid_from < spec.n
-    step = 2 if swiglu else 1  # accumulator vectors that make one output vector
-    ragged = out_n % L  # columns of the last, partly filled output vector
-
-    tile_m = len(joined)
-    few = sum(count > 1 for count in joined)  # up to as many rows take several panels at a time
-    tiles_per_block = max(1, block_m // tile_m)
-    lines = width // LINE if prefetch else 0  # of a panel, a k step
-
-    def lines_ahead(tiles, blocks):
-        """Return how many lines of the next panel a tile fetches a k step."""
-        # Of unknown rows 4 tiles or more: sequences of 24 rows and up, where it matters.
-        sharing = tiles // blocks if isinstance(tiles, int) else min(tiles_per_block, 4)
-        return ceil_div(lines, sharing) if sharing > 1 else 0
-
-    def epilogue(acc, i, j, lane, col, activate):
-        value = acc[i, j * step * L + lane]
-        if swiglu:
-            return silu(value) * acc[i, (j * step + 1) * L + lane]
-        if activate:
-            return T.Select(col >= sigmoid_from, sigmoid(value), value)
-        return value
-
-    @T.inline
-    def store_vector(acc, residual, y, m, i, j, col, n, activate):
-        # n columns of output vector j of row i
-        for lane in T.vectorized(n):
-            if has_residual:
-                y[m + i, col + lane] = residual[m + i, col + lane] + epilogue(
-                    acc, i, j, lane, col + lane, activate
-                )
-            else:
-                y[m + i, col + lane] = epilogue(acc, i, j, lane, col + lane, activate)
-
-    @T.inline
-    def store(acc, residual, y, m, i, j, col, n):
-        if has_sigmoid:
-            if col + n <= sigmoid_from:  # columns without one are spared its 25 instructions
-                store_vector(acc, residual, y, m, i, j, col, n, False)
-            else:
-                store_vector(acc, residual, y, m, i, j, col, n, True)
-        else:
-            store_vector(acc, residual, y, m, i, j, col, n, False)
-
-    @T.inline
-    def tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, panel_vectors, joined):
-        # `joined` panels of `panel_vectors` vectors
-        vectors = T.meta_var(joined * panel_vectors)
-        acc = T.alloc_buffer((tile_rows, vectors * L), "float32", scope="local")
-        base = T.meta_var(panel * (width * K))
-        col = T.meta_var(panel * (width // step))
-        for i in T.unroll(tile_rows):
-            for j in T.unroll(vectors):
-                for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = b[panel * width + j * L + lane]
-        if prefetch > 0:
-            for i in T.unroll(tile_rows):
-                for j in T.unroll(vectors // step):
-                    fetch_line(y[m + i, col + j * L], WRITE, INTO_L1)
-                    if has_residual:
-                        fetch_line(residual[m + i, col + j * L], READ, INTO_L1)
-        for k in T.serial(K):
-            for line in T.unroll(ahead):
-                # The last lines again, where the tiles are more than the lines.
-                at = T.meta_var(T.min(t * ahead + line, lines - 1) * LINE)
-                fetch_line(w[base + prefetch * width * K + k * width + at], READ, INTO_L2)
-            for i in T.unroll(tile_rows):
-                for j in T.unroll(vectors):
-                    for lane in T.vectorized(L):
-                        at = T.meta_var(
-                            base
-                            + j // panel_vectors * (width * K)
-                            + k * (panel_vectors * L)
-                            + j % panel_vectors * L
-                            + lane
-                        )
-                        acc[i, j * L + lane] = acc[i, j * L + lane] + x[m + i, k] * w[at]
-        for i in T.unroll(tile_rows):
-            for j in T.unroll(vectors // step):
-                if ragged == 0:
-                    store(acc, residual, y, m, i, j, col + j * L, L)
-                else:
-                    if col + j * L + L <= out_n:
-                        store(acc, residual, y, m, i, j, col + j * L, L)
-                    else:
-                        store(acc, residual, y, m, i, j, col + j * L, ragged)
-
-    @T.inline
-    def panel_rows(x, w, b, residual, y, m, panel, t, ahead, tile_rows):
-        if tail_width == 0:
-            tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, width // L, 1)
-        elif full_panels == 0:
-            tile(x, w, b, residual, y, m, 0, t, 0, tile_rows, tail_width // L, 1)
-        else:
-            if panel < full_panels:
-                tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, width // L, 1)
-            else:
-                tile(x, w, b, residual, y, m, full_panels, t, 0, tile_rows, tail_width // L, 1)
-
-    @T.inline
-    def few_rows(x, w, b, residual, y, tile_rows):
-        # One tile of all rows: groups of joined panels, the full panels left, the narrow panel.
-        count = T.meta_var(joined[tile_rows - 1])
-        groups = T.meta_var(full_panels // count)
-        left = T.meta_var(full_panels % count)
-        vectors = T.meta_var(width // L)
-        for g in T.parallel(groups + (left > 0) + (tail_width > 0)):
-            if g < groups:
-                tile(x, w, b, residual, y, 0, g * count, 0, 0, tile_rows, vectors, count)
-            if left > 0:
-                if g == groups:
-                    tile(x, w, b, residual, y, 0, groups * count, 0, 0, tile_rows, vectors, left)
-            if tail_width > 0:
-                if g == groups + (left > 0):
-                    tail = T.meta_var(tail_width // L)
-                    tile(x, w, b, residual, y, 0, full_panels, 0, 0, tile_rows, tail, 1)
-
-    @T.inline
-    def many_rows(x, w, b, residual, y):
-        tiles = T.meta_var(RowTiles(M, tile_m, least=few + 1))
-        blocks = T.meta_var(opaque(ceil_div(tiles.count, tiles_per_block)))
-        ahead = T.meta_var(lines_ahead(tiles.count, blocks))
-        for g in T.parallel(blocks * panels):
-            block = T.meta_var(g // panels)
-            panel = T.meta_var(g % panels)
-            # Equal blocks: with the rest in the last, two threads did 30 and 13 tiles of 256 rows.
-            first = T.meta_var(block * tiles.count // blocks)
-            for t in T.serial((block + 1) * tiles.count // blocks - first):
-                m = T.meta_var(tiles.start(first + t))
-                tiles.emit(first + t, panel_rows, x, w, b, residual, y, m, panel, t, ahead)
-
-    def by_rows(*arguments, rows=1):
-        # The number of rows may be known only now: a branch for each of the few.
-        if rows > few:
-            many_rows(*arguments)
-        elif isinstance(M, int):
-            few_rows(*arguments, M) if few >= M else many_rows(*arguments)
-        else:
-            with T.If(rows == M):
-                with T.Then():
-                    few_rows(*arguments, rows)
-                with T.Else():
-                    by_rows(*arguments, rows=rows + 1)
-
-    return dense_prim_func(spec, dims, (size,), padded_n, by_rows)

@@ -1,4 +1,7 @@
-"""What a dense kernel computes: ``epilogue(x @ w + b)``, unscheduled."""
+"""What a dense kernel computes: ``epilogue(x @ w + b)``, unscheduled.
+
+With weights scaled for products in pairs (`pairs`), ``epilogue((x @ w) * scale + b)``.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,9 @@ class DenseSpec(KernelSpec):
         ``silu(gate) * up``, ``[..., n/2]``.
     sigmoid_from : int
         Columns from here on pass through a sigmoid; ``n`` means none do.
+    paired : bool
+        Columns of the weights are scaled to an RMS near 1, and ``b`` is ``[3, n]``: bias, what
+        undoes the scale, and what products in pairs bring too much (`pairs`).
     """
 
     op: ClassVar[str] = "dense"
@@ -40,6 +46,7 @@ class DenseSpec(KernelSpec):
     residual: bool = False
     swiglu: bool = False
     sigmoid_from: int = -1
+    paired: bool = False
 
     @property
     def out_n(self) -> int:
@@ -53,13 +60,15 @@ class DenseSpec(KernelSpec):
         epilogue = "_swiglu" if self.swiglu else ""
         epilogue += "_sigmoid" if 0 <= self.sigmoid_from < self.n else ""
         epilogue += "_residual" if self.residual else ""
+        epilogue += "_paired" if self.paired else ""
         return f"dense_{rows}x{self.k}x{self.n}{epilogue}"
 
 
 def dense(spec: DenseSpec) -> tirx.PrimFunc:
     """Return the PrimFunc ``(x, w, b[, residual], out)``.
 
-    Shapes: ``x [*lead, k]``, ``w [k, n]``, ``b [n]``, ``residual`` and ``out [*lead, out_n]``.
+    Shapes: ``x [*lead, k]``, ``w [k, n]``, ``b [n]`` or ``[3, n]``, ``residual`` and ``out
+    [*lead, out_n]``.
     """
     x = te.placeholder((*DimVars().shape(spec.lead), spec.k), "float32", "x")
     return dense_of(spec, x, x)
@@ -69,18 +78,23 @@ def dense_of(spec: DenseSpec, x: te.Tensor, rows: te.Tensor) -> tirx.PrimFunc:
     """Return the PrimFunc ``(x, w, b[, residual], out)`` whose rows are computed from ``x``."""
     *lead, _ = x.shape
     w = te.placeholder((spec.k, spec.n), "float32", "w")
-    b = te.placeholder((spec.n,), "float32", "b")
+    b = te.placeholder((3, spec.n) if spec.paired else (spec.n,), "float32", "b")
     residual = te.placeholder((*lead, spec.out_n), "float32", "residual")
     k = te.reduce_axis((0, spec.k), "k")
     product = te.compute(
         (*lead, spec.n), lambda *i: te.sum(rows[(*i[:-1], k)] * w[k, i[-1]], axis=k), "product"
     )
 
+    def biased(*i: tirx.Expr) -> tirx.PrimExpr:
+        if spec.paired:
+            return product[i] * b[1, i[-1]] + b[0, i[-1]]
+        return product[i] + b[i[-1]]
+
     def epilogue(*i: tirx.Var) -> tirx.PrimExpr:
         *row, col = i
-        y = product[(*row, col)] + b[col]
+        y = biased(*i)
         if spec.swiglu:
-            up = product[(*row, col + spec.out_n)] + b[col + spec.out_n]
+            up = biased(*row, col + spec.out_n)
             y = y * tirx.sigmoid(y) * up
         elif 0 <= spec.sigmoid_from < spec.n:
             y = tirx.if_then_else(col >= spec.sigmoid_from, tirx.sigmoid(y), y)
@@ -95,7 +109,7 @@ def dense_prim_func(
     spec: DenseSpec,
     dims: DimVars,
     w_shape: tuple[int, ...],
-    padded_n: int,
+    b_size: int,
     body: Callable[..., None],
 ) -> tirx.PrimFunc:
     """Return the kernel ``(x, w, b[, residual], y)``; ``body`` gets matrices and writes it out."""
@@ -116,7 +130,7 @@ def dense_prim_func(
         def dense_residual(
             x: T.Buffer(in_shape, "float32"),
             w: T.Buffer(w_shape, "float32"),
-            b: T.Buffer((padded_n,), "float32"),
+            b: T.Buffer((b_size,), "float32"),
             residual: T.Buffer(out_shape, "float32"),
             y: T.Buffer(out_shape, "float32"),
         ):
@@ -129,7 +143,7 @@ def dense_prim_func(
     def dense(
         x: T.Buffer(in_shape, "float32"),
         w: T.Buffer(w_shape, "float32"),
-        b: T.Buffer((padded_n,), "float32"),
+        b: T.Buffer((b_size,), "float32"),
         y: T.Buffer(out_shape, "float32"),
     ):
         T.func_attr({"tirx.noalias": True})

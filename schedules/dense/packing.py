@@ -89,6 +89,15 @@ class PanelLayout:
         panels = [np.ravel(w[:, start : start + self.width]) for start in starts]
         return np.ascontiguousarray(np.concatenate(panels))
 
+    @property
+    def bias_size(self) -> int:
+        """Elements of the packed bias."""
+        return 3 * self.padded_n + self.lanes if self.spec.paired else self.padded_n
+
     def pack_bias(self, b: Array) -> Array:
-        """Arrange ``b [n]`` as the columns of the packed weights, ``[padded_n]``."""
-        return np.ascontiguousarray(self._arrange(b))
+        """Arrange ``b [n]`` as the columns of the packed weights, ``[padded_n]``.
+
+        Of ``b [3, n]`` row follows row, and then a vector of zeros (`pairs`).
+        """
+        arranged = np.ravel(self._arrange(b))
+        return np.pad(arranged, (0, self.bias_size - arranged.size))

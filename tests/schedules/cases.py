@@ -13,6 +13,7 @@ from tvm import tirx
 from reference import numpy_mega as reference
 from schedules.common.attention import AttentionSpec
 from schedules.dense.naive import DenseSpec, dense
+from schedules.dense.pairs import scaled_columns
 from schedules.ema_scan.naive import EmaScanSpec, ema_scan
 from schedules.gated_attention.naive import GatedAttentionSpec, gated_attention
 from schedules.laplace_attention.naive import LaplaceAttentionSpec, laplace_attention
@@ -57,6 +58,8 @@ def dense_case(rng: np.random.Generator, spec: DenseSpec) -> Case:
     x, b = _normal(rng, *spec.lead, spec.k), _normal(rng, spec.n)
     w = _normal(rng, spec.k, spec.n) / np.float32(math.sqrt(spec.k))
     y = x.astype(np.float64) @ w + b
+    if spec.paired:
+        w, b = scaled_columns(w, b)
     if spec.swiglu:
         gate, up = np.split(y, 2, axis=-1)
         y = gate * reference.sigmoid(gate) * up

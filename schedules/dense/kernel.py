@@ -1,0 +1,150 @@
+"""The TensorIR of a dense kernel on x86; its strategy stands in `cpu`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from ..common.dims import DimVars, ceil_div
+from ..common.prefetch import INTO_L2, READ
+from ..common.prefetch import prefetch as fetch_line
+from ..common.row_tiles import RowTiles, opaque
+from .naive import dense_prim_func
+from .outputs import fetching, storing
+from .packing import PanelLayout
+
+LINE = 16  # float32 of a cache line
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocking:
+    """How rows and panels are cut.
+
+    Parameters
+    ----------
+    joined : tuple of int
+        How many panels a tile of 1, 2, .. rows takes at a time; so many rows a tile has at most.
+    block_m : int
+        Rows that share a pass over the weights.
+    prefetch : int
+        How many panels ahead weights are fetched.
+    """
+
+    joined: tuple[int, ...]
+    block_m: int
+    prefetch: int
+
+
+def dense_kernel(layout: PanelLayout, blocking: Blocking) -> tirx.PrimFunc:
+    """Return the kernel ``(x, w, b[, residual], y)`` on packed weights."""
+    spec, joined, prefetch = layout.spec, blocking.joined, blocking.prefetch
+    dims = DimVars()
+    M, K, L = dims.rows(spec.lead), spec.k, layout.lanes
+    width, panels, full_panels = layout.width, layout.panels, layout.full_panels
+    tail_width = layout.tail_width
+
+    tile_m = len(joined)
+    few = sum(count > 1 for count in joined)  # up to as many rows take several panels at a time
+    tiles_per_block = max(1, blocking.block_m // tile_m)
+    lines = width // LINE if prefetch else 0  # of a panel, a k step
+
+    def lines_ahead(tiles, blocks):
+        """Return how many lines of the next panel a tile fetches a k step."""
+        # Of unknown rows 4 tiles or more: sequences of 24 rows and up, where it matters.
+        sharing = tiles // blocks if isinstance(tiles, int) else min(tiles_per_block, 4)
+        return ceil_div(lines, sharing) if sharing > 1 else 0
+
+    store, fetch_outputs = storing(layout), fetching(layout)
+
+    @T.inline
+    def tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, panel_vectors, joined):
+        # `joined` panels of `panel_vectors` vectors
+        vectors = T.meta_var(joined * panel_vectors)
+        acc = T.alloc_buffer((tile_rows, vectors * L), "float32", scope="local")
+        base = T.meta_var(panel * (width * K))
+        for i in T.unroll(tile_rows):
+            for j in T.unroll(vectors):
+                for lane in T.vectorized(L):
+                    acc[i, j * L + lane] = (
+                        T.float32(0) if spec.paired else b[panel * width + j * L + lane]
+                    )
+        if prefetch > 0:
+            fetch_outputs(residual, y, m, panel * width, tile_rows, vectors)
+        for k in T.serial(K):
+            for line in T.unroll(ahead):
+                # The last lines again, where the tiles are more than the lines.
+                at = T.meta_var(T.min(t * ahead + line, lines - 1) * LINE)
+                fetch_line(w[base + prefetch * width * K + k * width + at], READ, INTO_L2)
+            for i in T.unroll(tile_rows):
+                for j in T.unroll(vectors):
+                    for lane in T.vectorized(L):
+                        at = T.meta_var(
+                            base
+                            + j // panel_vectors * (width * K)
+                            + k * (panel_vectors * L)
+                            + j % panel_vectors * L
+                            + lane
+                        )
+                        acc[i, j * L + lane] = acc[i, j * L + lane] + x[m + i, k] * w[at]
+        store(acc, b, residual, y, m, panel * width, tile_rows, vectors)
+
+    @T.inline
+    def panel_rows(x, w, b, residual, y, m, panel, t, ahead, tile_rows):
+        if tail_width == 0:
+            tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, width // L, 1)
+        elif full_panels == 0:
+            tile(x, w, b, residual, y, m, 0, t, 0, tile_rows, tail_width // L, 1)
+        else:
+            if panel < full_panels:
+                tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, width // L, 1)
+            else:
+                tile(x, w, b, residual, y, m, full_panels, t, 0, tile_rows, tail_width // L, 1)
+
+    @T.inline
+    def few_rows(x, w, b, residual, y, tile_rows):
+        # One tile of all rows: groups of joined panels, the full panels left, the narrow panel.
+        count = T.meta_var(joined[tile_rows - 1])
+        groups = T.meta_var(full_panels // count)
+        left = T.meta_var(full_panels % count)
+        vectors = T.meta_var(width // L)
+        for g in T.parallel(groups + (left > 0) + (tail_width > 0)):
+            if g < groups:
+                tile(x, w, b, residual, y, 0, g * count, 0, 0, tile_rows, vectors, count)
+            if left > 0:
+                if g == groups:
+                    tile(x, w, b, residual, y, 0, groups * count, 0, 0, tile_rows, vectors, left)
+            if tail_width > 0:
+                if g == groups + (left > 0):
+                    tail = T.meta_var(tail_width // L)
+                    tile(x, w, b, residual, y, 0, full_panels, 0, 0, tile_rows, tail, 1)
+
+    @T.inline
+    def many_rows(x, w, b, residual, y):
+        tiles = T.meta_var(RowTiles(M, tile_m, least=few + 1))
+        blocks = T.meta_var(opaque(ceil_div(tiles.count, tiles_per_block)))
+        ahead = T.meta_var(lines_ahead(tiles.count, blocks))
+        for g in T.parallel(blocks * panels):
+            block = T.meta_var(g // panels)
+            panel = T.meta_var(g % panels)
+            # Equal blocks: with the rest in the last, two threads did 30 and 13 tiles of 256 rows.
+            first = T.meta_var(block * tiles.count // blocks)
+            for t in T.serial((block + 1) * tiles.count // blocks - first):
+                m = T.meta_var(tiles.start(first + t))
+                tiles.emit(first + t, panel_rows, x, w, b, residual, y, m, panel, t, ahead)
+
+    def by_rows(*arguments, rows=1):
+        # The number of rows may be known only now: a branch for each of the few.
+        if rows > few:
+            many_rows(*arguments)
+        elif isinstance(M, int):
+            few_rows(*arguments, M) if few >= M else many_rows(*arguments)
+        else:
+            with T.If(rows == M):
+                with T.Then():
+                    few_rows(*arguments, rows)
+                with T.Else():
+                    by_rows(*arguments, rows=rows + 1)
+
+    return dense_prim_func(spec, dims, (layout.size,), layout.bias_size, by_rows)

@@ -1,0 +1,157 @@
+"""The TensorIR of a dense kernel on x86 that multiplies in pairs (`pairs`).
+
+Blocks, panels and epilogues are those of the plain kernel, and so are the packed weights. A tile
+has two vectors of a panel's four, and more rows: 10 x 2 accumulators, 6 vectors of weights and the
+factors in use fill the registers. Rows of x are prepared first, in a workspace: all of them, or
+where there are many blocks, those of a block by the thread that has it.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from ..common.dims import DimVars, ceil_div, known_rows
+from ..common.prefetch import INTO_L2, READ
+from ..common.prefetch import prefetch as fetch_line
+from ..common.row_tiles import RowTiles
+from .kernel import LINE
+from .naive import dense_prim_func
+from .outputs import fetching, storing
+from .packing import PanelLayout
+from .pairs import GROUP, TILE_VECTORS, multiplying, preparing
+
+# From so many blocks on a thread gets whole blocks, and prepares the rows of each by itself: they
+# stay in its L2.
+MANY_BLOCKS = 8
+
+
+def paired_kernel(
+    layout: PanelLayout, tile_rows: int, block_m: int, prefetch: int
+) -> tirx.PrimFunc:
+    """Return the kernel ``(x, w, b[, residual], y)`` on packed, scaled weights.
+
+    Parameters
+    ----------
+    layout : PanelLayout
+        Of known rows, on vectors of 16.
+    tile_rows, block_m : int
+        Rows of a tile, and of a block that shares a pass over the weights.
+    prefetch : int
+        How many panels ahead weights are fetched.
+    """
+    spec, L, width, padded_n = layout.spec, layout.lanes, layout.width, layout.padded_n
+    M, K, tile_width = known_rows(spec.lead), spec.k, TILE_VECTORS * layout.lanes
+    panels, full_panels, tail_width = layout.panels, layout.full_panels, layout.tail_width
+    tiles = RowTiles(M, tile_rows)
+    blocks = ceil_div(tiles.count, max(1, block_m // tile_rows))
+    block_rows = ceil_div(tiles.count, blocks) * tiles.heights[0]
+    prepare, multiply = preparing(K, L), multiplying(K, L)
+    store, fetch_outputs = storing(layout), fetching(layout)
+    # Of the next panel's lines, each tile fetches some every two groups.
+    lines, steps = width * K // LINE, K // GROUP // 2
+    loops = ceil_div(width, tile_width) * steps  # of a tile in all its columns
+
+    def lines_ahead() -> int:
+        sharing = tiles.count // blocks
+        return ceil_div(lines, sharing * loops) if prefetch and loops and sharing > 1 else 0
+
+    @T.inline
+    def tile(rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, vectors):
+        # the c-th vectors of a panel
+        acc = T.alloc_buffer((height, vectors * L), "float32", scope="local")
+        zeros = T.alloc_buffer((L,), "float32", scope="local")
+        offsets = T.alloc_buffer((TILE_VECTORS,), "int32", scope="local")
+        first = T.meta_var(panel * width + c * tile_width)
+        base = T.meta_var(panel * (width * K) + c * tile_width)
+        for lane in T.vectorized(L):
+            zeros[lane] = b[3 * padded_n + lane]
+        for j in T.unroll(vectors):
+            offsets[j] = T.reinterpret("int32", b[3 * padded_n + j])
+        for i in T.unroll(height):
+            for j in T.unroll(vectors):
+                for lane in T.vectorized(L):
+                    acc[i, j * L + lane] = (
+                        b[2 * padded_n + first + j * L + lane] + factors[r + i, 1]
+                    )
+        if prefetch > 0:
+            fetch_outputs(residual, y, m, first, height, vectors)
+        multiply(acc, rows, w, zeros, offsets, r, base, panel_width, fetch, height, vectors)
+        for i in T.unroll(height):
+            for j in T.unroll(vectors):
+                for lane in T.vectorized(L):
+                    acc[i, j * L + lane] = acc[i, j * L + lane] * factors[r + i, 0]
+        store(acc, b, residual, y, m, first, height, vectors)
+
+    @T.inline
+    def columns(rows, factors, w, b, residual, y, m, r, panel, panel_width, t, ahead, height):
+        for c in T.serial(ceil_div(panel_width, tile_width)):
+
+            @T.inline
+            def fetch(step):
+                for line in T.unroll(ahead):
+                    # The last lines again, where the loops are more than the lines.
+                    loop = T.meta_var((t * loops + c * steps + step) * ahead + line)
+                    at = T.meta_var(T.min(loop, lines - 1) * LINE)
+                    fetch_line(w[(panel + prefetch) * (width * K) + at], READ, INTO_L2)
+
+            left = T.meta_var(panel_width % tile_width // L)
+            if left == 0:
+                tile(
+                    rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, TILE_VECTORS
+                )
+            else:
+                if c < panel_width // tile_width:
+                    tile(
+                        rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, TILE_VECTORS
+                    )
+                else:
+                    tile(rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, left)
+
+    @T.inline
+    def panel_rows(rows, factors, w, b, residual, y, m, r, panel, t, height):
+        if tail_width == 0:
+            columns(rows, factors, w, b, residual, y, m, r, panel, width, t, lines_ahead(), height)
+        elif full_panels == 0:
+            columns(rows, factors, w, b, residual, y, m, r, 0, tail_width, t, 0, height)
+        else:
+            if panel < full_panels:
+                columns(
+                    rows, factors, w, b, residual, y, m, r, panel, width, t, lines_ahead(), height
+                )
+            else:
+                columns(
+                    rows, factors, w, b, residual, y, m, r, full_panels, tail_width, t, 0, height
+                )
+
+    @T.inline
+    def block_tiles(rows, factors, w, b, residual, y, block, above, panel):
+        # `above`: rows of x above those that `rows` holds
+        first = T.meta_var(block * tiles.count // blocks)
+        for t in T.serial((block + 1) * tiles.count // blocks - first):
+            m = T.meta_var(tiles.start(first + t))
+            tiles.emit(
+                first + t, panel_rows, rows, factors, w, b, residual, y, m, m - above, panel, t
+            )
+
+    @T.inline
+    def body(x, w, b, residual, y):
+        if blocks >= MANY_BLOCKS:
+            for block in T.parallel(blocks):
+                rows = T.alloc_buffer((block_rows, K), "float32")
+                factors = T.alloc_buffer((block_rows, 2), "float32")
+                above = T.meta_var(tiles.start(block * tiles.count // blocks))
+                below = T.meta_var(tiles.start((block + 1) * tiles.count // blocks))
+                for r in T.serial(below - above):
+                    prepare(x, rows, factors, above + r, r)
+                for panel in T.serial(panels):
+                    block_tiles(rows, factors, w, b, residual, y, block, above, panel)
+        else:
+            rows = T.alloc_buffer((M, K), "float32")
+            factors = T.alloc_buffer((M, 2), "float32")
+            for m in T.parallel(M):
+                prepare(x, rows, factors, m, m)
+            for g in T.parallel(blocks * panels):
+                block_tiles(rows, factors, w, b, residual, y, g // panels, 0, g % panels)
+
+    return dense_prim_func(spec, DimVars(), (layout.size,), layout.bias_size, body)
