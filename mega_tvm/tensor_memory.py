@@ -53,7 +53,7 @@ def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tens
     DamagedArtifactError
         If the tensors' bytes are not what the compiler wrote.
     """
-    blob = _reserve(manifest["tensors"]["bytes"])
+    blob = reserve(manifest["tensors"]["bytes"])
     read_tensors(file, name, manifest, blob)
     views = []
     for item in manifest["tensors"]["items"]:
@@ -66,7 +66,7 @@ def load_tensors(file: BinaryIO, name: str, manifest: Mapping[str, Any]) -> Tens
     return Tensors(tvm_ffi.from_dlpack(block, require_alignment=ALIGNMENT), tvm_ffi.Array(views))
 
 
-def _reserve(size: int) -> memoryview:
+def reserve(size: int) -> memoryview:
     """Return untouched memory at the start of a page."""
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(mmap.mmap(-1, max(size, 1), _FLAGS))[:size]

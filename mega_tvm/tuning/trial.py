@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.ir import Call, GlobalVar
 from tvm.s_tir.meta_schedule.database import Workload
@@ -32,6 +33,7 @@ from ..errors import MegaError
 from ..lowering import CPU_PIPELINE
 from ..manifest_schema import round_up
 from ..targets import CpuTarget
+from ..tensor_memory import reserve
 from ..tolerances import compare
 from . import cuda_trial
 from .operands import Operands, make_operands
@@ -189,13 +191,19 @@ class Loaded:
         self._module, self._device, self._operands = module, device, operands
         self._calls, self._runs = candidate.calls, candidate.runs
         output = np.full(operands.expected.shape, np.nan, np.dtype(operands.dtypes[-1]))
-        self._arguments = [tvm.runtime.tensor(a, device) for a in (*candidate.arguments, output)]
+        self._arguments = [_on_device(a, device) for a in (*candidate.arguments, output)]
 
     @classmethod
     def here(cls, candidate: Candidate, operands: Operands) -> Loaded:
         """Load a candidate into this process."""
-        device = tvm.cuda() if candidate.on_gpu else tvm.cpu()
-        return cls(candidate, operands, candidate.executable.jit(), device)
+        if candidate.on_gpu:
+            return cls(candidate, operands, candidate.executable.jit(), tvm.cuda())
+        # Weights lie on huge pages, as a loaded model's do.
+        *plain, tensors = candidate.arguments
+        there = np.frombuffer(reserve(tensors.nbytes), np.uint8)
+        there[:] = tensors
+        candidate = dataclasses.replace(candidate, arguments=(*plain, there))
+        return cls(candidate, operands, candidate.executable.jit(), tvm.cpu())
 
     @classmethod
     def there(cls, candidate: Candidate, operands: Operands, session: Any, library: Path) -> Loaded:
@@ -234,6 +242,12 @@ class Loaded:
         """Check, then time for about ``budget_s``; return seconds a call."""
         once = self.check()
         return self.time(int(min(MOST_REPEATS, max(LEAST_REPEATS, budget_s / once))))
+
+
+def _on_device(array: npt.NDArray[Any], device: Any) -> Any:
+    if device == tvm.cpu():
+        return tvm_ffi.from_dlpack(array)
+    return tvm.runtime.tensor(array, device)
 
 
 def paired_times(

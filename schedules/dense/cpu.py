@@ -55,7 +55,9 @@ def schedule(sch: Schedule, target: Target) -> None:
 
     ``tile_m`` rows by ``panel_vectors`` vectors is the register tile: it fills the register file up
     to the vectors of one k step. ``block_m`` is the number of rows that share a pass over the
-    weights. ``prefetch`` is how many panels ahead weights are fetched, 0 for not at all.
+    weights. ``prefetch`` is how many panels ahead weights are fetched, 0 for not at all. Where
+    weights allow it, ``pairs`` is the rows of a tile that multiplies in pairs (`paired_kernel`), 0
+    for plain products.
 
     The panel has one width: kernels of any number of rows share their packed weights. A search over
     widths gained 1.7% in one kernel on one thread, and nothing in the whole model.
@@ -70,10 +72,13 @@ def schedule(sch: Schedule, target: Target) -> None:
     blocks = [12, 24, 30, 48, 60, 120, 240]
     blocks = [m for m, before in zip(blocks, [0, *blocks], strict=False) if before < rows]
     block_m = min(BLOCK_M, blocks[-1])
+    paired = 0
     if isinstance(lead, int):
         panels = PanelLayout(spec, unit.lanes, panel_vectors * unit.lanes).panels
-        if halves := _halves(lead, tile_m, panels):
-            tile_m, block_m = halves
+        paired = paired_rows(lead) if spec.paired and unit.lanes == LANES else 0
+        if halves := _halves(lead, paired or tile_m, panels):
+            height, block_m = halves
+            tile_m, paired = (tile_m, height) if paired else (height, 0)
             # A kernel timed by itself does not show what rows of its own save a thread.
             blocks = [m for m in blocks if m < block_m]
     decisions.sample(sch, "tile_m", sorted(tiles | {tile_m}), tile_m)
@@ -81,14 +86,13 @@ def schedule(sch: Schedule, target: Target) -> None:
     decisions.sample(sch, "block_m", sorted({*blocks, block_m}), block_m)
     ahead = 0 if max(spec.k, spec.out_n) <= NARROW else 1
     decisions.sample(sch, "prefetch", [0, 1, 2], ahead)
-    if spec.paired and isinstance(lead, int) and unit.lanes == LANES:
-        pairs = [m for m in (6, 8, 10, 12) if m <= rows]
-        default = paired_rows(lead)
-        decisions.sample(sch, "pairs", sorted({0, *pairs, default}), default)
+    if paired:
+        heights = {m for m in (5, 6, 8, 10, 12) if m <= rows}
+        decisions.sample(sch, "pairs", sorted({0, paired} | heights), paired)
 
 
 def paired_rows(rows: int) -> int:
-    """Return the rows of a tile that multiplies in pairs, 0 for few rows."""
+    """Return the rows of a tile that multiplies in pairs; 0 where rows are few."""
     if rows < LEAST_PAIRED_ROWS:
         return 0
     return ceil_div(rows, ceil_div(rows, PAIRED_ROWS))

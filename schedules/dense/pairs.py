@@ -91,51 +91,43 @@ def preparing(k: int, lanes: int) -> Callable[..., None]:
     # sums in memory.
 
     @T.inline
-    def clear(total):
+    def add(x, total, at, m, first, second, sign, seen):
+        # total[at] += x[first..] x[second..], but of the first `seen`; signs alternate from `sign`
         for lane in T.vectorized(lanes):
-            total[0, lane] = T.float32(0)
-
-    @T.inline
-    def add_squares(x, total, m, at, seen):
-        # but of the first `seen` elements
-        for lane in T.vectorized(lanes):
-            square = T.meta_var(x[m, at + lane] * x[m, at + lane])
-            total[0, lane] = total[0, lane] + T.Select(lane >= seen, square, T.float32(0))
-
-    @T.inline
-    def add_terms(rows, total, r, g, seen):
-        for lane in T.vectorized(lanes):
-            term = T.meta_var(rows[r, g + lane] * rows[r, pairs + g + lane])
-            negative = T.meta_var((pairs % lanes * (seen > 0) + lane) % 2 == 0)
-            signed = T.meta_var(T.Select(negative, -term, term))
-            total[0, lane] = total[0, lane] + T.Select(lane >= seen, signed, T.float32(0))
+            term = T.meta_var(x[m, first + lane] * x[m, second + lane])
+            signed = T.meta_var(
+                T.Select(lane % 2 == sign, -term, term) if sign is not None else term
+            )
+            total[at, lane] = total[at, lane] + T.Select(lane >= seen, signed, T.float32(0))
 
     @T.inline
     def prepare(x, rows, factors, m, r):
-        total = T.alloc_buffer((1, lanes), "float32", scope="local")
+        total = T.alloc_buffer((2, lanes), "float32", scope="local")  # squares, and terms
         scale = T.alloc_buffer((1,), "float32", scope="local")
-        clear(total)
+        for i in T.unroll(2):
+            for lane in T.vectorized(lanes):
+                total[i, lane] = T.float32(0)
         for c in T.serial(k // lanes):
-            add_squares(x, total, m, c * lanes, 0)
+            add(x, total, 0, m, c * lanes, c * lanes, None, 0)
         if k % lanes > 0:
-            add_squares(x, total, m, k - lanes, lanes - k % lanes)
+            add(x, total, 0, m, k - lanes, k - lanes, None, lanes - k % lanes)
+        for c in T.serial(pairs // lanes):
+            add(x, total, 1, m, c * lanes, pairs + c * lanes, 0, 0)
+        if pairs % lanes > 0:
+            last = T.meta_var(pairs - lanes)
+            add(x, total, 1, m, last, pairs + last, pairs % 2, lanes - pairs % lanes)
         fold_sum(total, 0, lanes)
+        fold_sum(total, 1, lanes)
         # The mean square is 2^e times less than 2: half of e, rounded up, is the root's exponent.
         mean = T.meta_var(T.reinterpret("int32", total[0, 0] * T.float32(1 / k)))
         root = T.meta_var(((mean >> _MANTISSA_BITS) - _EXPONENT_BIAS + 1) >> 1)
         scale[0] = T.reinterpret("float32", (_EXPONENT_BIAS - root) << _MANTISSA_BITS)
         factors[r, 0] = T.reinterpret("float32", (_EXPONENT_BIAS + root) << _MANTISSA_BITS)
+        factors[r, 1] = total[1, 0] * scale[0] * scale[0]
         for c in T.serial(ceil_div(k, lanes)):
             at = T.meta_var(T.min(c * lanes, k - lanes))
             for lane in T.vectorized(lanes):
                 rows[r, at + lane] = x[m, at + lane] * scale[0]
-        clear(total)
-        for c in T.serial(pairs // lanes):
-            add_terms(rows, total, r, c * lanes, 0)
-        if pairs % lanes > 0:
-            add_terms(rows, total, r, pairs - lanes, lanes - pairs % lanes)
-        fold_sum(total, 0, lanes)
-        factors[r, 1] = total[0, 0]
 
     return prepare
 
