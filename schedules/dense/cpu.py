@@ -37,7 +37,7 @@ from .kernel import Blocking, dense_kernel
 from .naive import DenseSpec
 from .packing import PanelLayout
 from .paired_kernel import paired_kernel
-from .pairs import LANES
+from .pairs import LANES, LEAST_K
 
 # Rows of x that share one pass over the weights: 120 rows of k = 256 are 120 KB, an eighth of the
 # L2 beside the panel's 64 KB.
@@ -76,6 +76,7 @@ def schedule(sch: Schedule, target: Target) -> None:
     if isinstance(lead, int):
         panels = PanelLayout(spec, unit.lanes, panel_vectors * unit.lanes).panels
         paired = paired_rows(lead) if spec.paired and unit.lanes == LANES else 0
+        paired = paired if spec.k >= LEAST_K else 0
         if halves := _halves(lead, paired or tile_m, panels):
             height, block_m = halves
             tile_m, paired = (tile_m, height) if paired else (height, 0)

@@ -89,11 +89,12 @@ def paired_kernel(
 
             @T.inline
             def fetch(step):
-                for line in T.unroll(ahead):
-                    # The last lines again, where the loops are more than the lines.
-                    loop = T.meta_var((t * loops + c * steps + step) * ahead + line)
-                    at = T.meta_var(T.min(loop, lines - 1) * LINE)
-                    fetch_line(w[(panel + prefetch) * (width * K) + at], READ, INTO_L2)
+                # The last lines again, where the loops are more than the lines.
+                loop = T.meta_var(t * loops + c * steps + step)
+                line = T.meta_var(T.min(loop * ahead, lines - ahead))
+                for i in T.unroll(ahead):
+                    at = T.meta_var((panel + prefetch) * (width * K) + line * LINE)
+                    fetch_line(w[at + i * LINE], READ, INTO_L2)
 
             left = T.meta_var(panel_width % tile_width // L)
             if left == 0:

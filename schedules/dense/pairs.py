@@ -52,6 +52,7 @@ from ..common.reduce import fold_sum
 Array = npt.NDArray[Any]
 LANES = 16  # AVX-512: AVX2 has neither operands that are broadcast nor masks
 GROUP = 3  # elements of k: a pair and a single one
+LEAST_K = GROUP * LANES  # a vector of groups
 TILE_VECTORS = 2  # of a register tile; more would need more offsets
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127
 

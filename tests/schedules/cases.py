@@ -54,9 +54,16 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def dense_case(rng: np.random.Generator, spec: DenseSpec) -> Case:
-    x, b = _normal(rng, *spec.lead, spec.k), _normal(rng, spec.n)
-    w = _normal(rng, spec.k, spec.n) / np.float32(math.sqrt(spec.k))
+def dense_case(
+    rng: np.random.Generator,
+    spec: DenseSpec,
+    x: Array | None = None,
+    w: Array | None = None,
+    b: Array | None = None,
+) -> Case:
+    x = _normal(rng, *spec.lead, spec.k) if x is None else x
+    b = _normal(rng, spec.n) if b is None else b
+    w = _normal(rng, spec.k, spec.n) / np.float32(math.sqrt(spec.k)) if w is None else w
     y = x.astype(np.float64) @ w + b
     if spec.paired:
         w, b = scaled_columns(w, b)
