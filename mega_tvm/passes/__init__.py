@@ -16,8 +16,8 @@ from .fold_scale import fold_scale
 from .fuse_epilogues import fuse_residual, fuse_sigmoid, fuse_swiglu
 from .merge_projections import merge_projections
 from .merge_query_key import merge_query_key
-from .pair_products import pair_products
 from .narrow_weights import narrow_weights
+from .pair_products import pair_products
 from .prune_last_timestep import prune_last_timestep
 from .reassociate_values import reassociate_values
 from .split_rows import split_rows

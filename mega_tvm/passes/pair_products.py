@@ -23,6 +23,7 @@ from .rewrite import Graph, Rule, Site, graph_pass, to_constant, variables
 
 LEAST_SIZE = 128
 
+
 def _is_input(graph: Graph, value: relax.Expr) -> bool:
     """Whether a value is the model's input, or made of it without any operator of Mega's."""
     made = graph.producer(value)

@@ -26,7 +26,6 @@ import math
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.script import tirx as T
 from tvm.target import Target
 
 from ..common import decisions

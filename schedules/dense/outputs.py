@@ -77,7 +77,7 @@ def storing(layout: PanelLayout) -> Callable[..., None]:
 
 
 def fetching(layout: PanelLayout) -> Callable[..., None]:
-    """Return the inline ``(residual, y, m, first, tile_rows, vectors)``: fetch what `storing` meets."""
+    """Return the inline ``(residual, y, m, first, tile_rows, vectors)``, ahead of `storing`."""
     L, step, has_residual = layout.lanes, vectors_of_output(layout), layout.spec.residual
 
     @T.inline

@@ -8,6 +8,9 @@ where there are many blocks, those of a block by the thread that has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -24,6 +27,17 @@ from .pairs import GROUP, TILE_VECTORS, multiplying, preparing
 # From so many blocks on a thread gets whole blocks, and prepares the rows of each by itself: they
 # stay in its L2.
 MANY_BLOCKS = 8
+
+
+class _Buffers(NamedTuple):
+    """What a tile reads and writes; ``rows`` are prepared, with their ``factors``."""
+
+    rows: Any
+    factors: Any
+    w: Any
+    b: Any
+    residual: Any
+    y: Any
 
 
 def paired_kernel(
@@ -51,89 +65,78 @@ def paired_kernel(
     # Of the next panel's lines, each tile fetches some every two groups.
     lines, steps = width * K // LINE, K // GROUP // 2
     loops = ceil_div(width, tile_width) * steps  # of a tile in all its columns
+    sharing = tiles.count // blocks
+    ahead = ceil_div(lines, sharing * loops) if prefetch and loops and sharing > 1 else 0
 
-    def lines_ahead() -> int:
-        sharing = tiles.count // blocks
-        return ceil_div(lines, sharing * loops) if prefetch and loops and sharing > 1 else 0
+    def next_lines(w: Any, panel: Any, t: Any, c: Any, fetched: int) -> Callable[..., None]:
+        """Return the inline ``(step)``: fetch ``fetched`` lines."""
+
+        @T.inline
+        def fetch(step):
+            # The last lines again, where the loops are more than the lines.
+            loop = T.meta_var(t * loops + c * steps + step)
+            line = T.meta_var(T.min(loop * fetched, lines - fetched))
+            for i in T.unroll(fetched):
+                at = T.meta_var((panel + prefetch) * (width * K) + line * LINE)
+                fetch_line(w[at + i * LINE], READ, INTO_L2)
+
+        return fetch
 
     @T.inline
-    def tile(rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, vectors):
+    def tile(to, m, r, panel, panel_width, t, c, fetched, height, vectors):
         # the c-th vectors of a panel
         acc = T.alloc_buffer((height, vectors * L), "float32", scope="local")
         zeros = T.alloc_buffer((L,), "float32", scope="local")
         offsets = T.alloc_buffer((TILE_VECTORS,), "int32", scope="local")
         first = T.meta_var(panel * width + c * tile_width)
         base = T.meta_var(panel * (width * K) + c * tile_width)
+        fetch = T.meta_var(next_lines(to.w, panel, t, c, fetched))
         for lane in T.vectorized(L):
-            zeros[lane] = b[3 * padded_n + lane]
+            zeros[lane] = to.b[3 * padded_n + lane]
         for j in T.unroll(vectors):
-            offsets[j] = T.reinterpret("int32", b[3 * padded_n + j])
+            offsets[j] = T.reinterpret("int32", to.b[3 * padded_n + j])
         for i in T.unroll(height):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = (
-                        b[2 * padded_n + first + j * L + lane] + factors[r + i, 1]
-                    )
+                    terms = T.meta_var(to.b[2 * padded_n + first + j * L + lane])
+                    acc[i, j * L + lane] = terms + to.factors[r + i, 1]
         if prefetch > 0:
-            fetch_outputs(residual, y, m, first, height, vectors)
-        multiply(acc, rows, w, zeros, offsets, r, base, panel_width, fetch, height, vectors)
+            fetch_outputs(to.residual, to.y, m, first, height, vectors)
+        multiply(acc, to.rows, to.w, zeros, offsets, r, base, panel_width, fetch, height, vectors)
         for i in T.unroll(height):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = acc[i, j * L + lane] * factors[r + i, 0]
-        store(acc, b, residual, y, m, first, height, vectors)
+                    acc[i, j * L + lane] = acc[i, j * L + lane] * to.factors[r + i, 0]
+        store(acc, to.b, to.residual, to.y, m, first, height, vectors)
 
     @T.inline
-    def columns(rows, factors, w, b, residual, y, m, r, panel, panel_width, t, ahead, height):
-        for c in T.serial(ceil_div(panel_width, tile_width)):
-
-            @T.inline
-            def fetch(step):
-                # The last lines again, where the loops are more than the lines.
-                loop = T.meta_var(t * loops + c * steps + step)
-                line = T.meta_var(T.min(loop * ahead, lines - ahead))
-                for i in T.unroll(ahead):
-                    at = T.meta_var((panel + prefetch) * (width * K) + line * LINE)
-                    fetch_line(w[at + i * LINE], READ, INTO_L2)
-
-            left = T.meta_var(panel_width % tile_width // L)
-            if left == 0:
-                tile(
-                    rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, TILE_VECTORS
-                )
-            else:
-                if c < panel_width // tile_width:
-                    tile(
-                        rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, TILE_VECTORS
-                    )
-                else:
-                    tile(rows, factors, w, b, residual, y, m, r, panel, panel_width, c, fetch, height, left)
+    def columns(to, m, r, panel, panel_width, t, fetched, height):
+        whole = T.meta_var(panel_width // tile_width)
+        left = T.meta_var(panel_width % tile_width // L)
+        for c in T.serial(whole):
+            tile(to, m, r, panel, panel_width, t, c, fetched, height, TILE_VECTORS)
+        if left > 0:
+            tile(to, m, r, panel, panel_width, t, whole, fetched, height, left)
 
     @T.inline
-    def panel_rows(rows, factors, w, b, residual, y, m, r, panel, t, height):
+    def panel_rows(to, m, r, panel, t, height):
         if tail_width == 0:
-            columns(rows, factors, w, b, residual, y, m, r, panel, width, t, lines_ahead(), height)
+            columns(to, m, r, panel, width, t, ahead, height)
         elif full_panels == 0:
-            columns(rows, factors, w, b, residual, y, m, r, 0, tail_width, t, 0, height)
+            columns(to, m, r, 0, tail_width, t, 0, height)
         else:
             if panel < full_panels:
-                columns(
-                    rows, factors, w, b, residual, y, m, r, panel, width, t, lines_ahead(), height
-                )
+                columns(to, m, r, panel, width, t, ahead, height)
             else:
-                columns(
-                    rows, factors, w, b, residual, y, m, r, full_panels, tail_width, t, 0, height
-                )
+                columns(to, m, r, full_panels, tail_width, t, 0, height)
 
     @T.inline
-    def block_tiles(rows, factors, w, b, residual, y, block, above, panel):
-        # `above`: rows of x above those that `rows` holds
+    def block_tiles(to, block, above, panel):
+        # `above`: rows of x above those that are prepared
         first = T.meta_var(block * tiles.count // blocks)
         for t in T.serial((block + 1) * tiles.count // blocks - first):
             m = T.meta_var(tiles.start(first + t))
-            tiles.emit(
-                first + t, panel_rows, rows, factors, w, b, residual, y, m, m - above, panel, t
-            )
+            tiles.emit(first + t, panel_rows, to, m, m - above, panel, t)
 
     @T.inline
     def body(x, w, b, residual, y):
@@ -141,18 +144,20 @@ def paired_kernel(
             for block in T.parallel(blocks):
                 rows = T.alloc_buffer((block_rows, K), "float32")
                 factors = T.alloc_buffer((block_rows, 2), "float32")
+                to = T.meta_var(_Buffers(rows, factors, w, b, residual, y))
                 above = T.meta_var(tiles.start(block * tiles.count // blocks))
                 below = T.meta_var(tiles.start((block + 1) * tiles.count // blocks))
                 for r in T.serial(below - above):
                     prepare(x, rows, factors, above + r, r)
                 for panel in T.serial(panels):
-                    block_tiles(rows, factors, w, b, residual, y, block, above, panel)
+                    block_tiles(to, block, above, panel)
         else:
             rows = T.alloc_buffer((M, K), "float32")
             factors = T.alloc_buffer((M, 2), "float32")
+            to = T.meta_var(_Buffers(rows, factors, w, b, residual, y))
             for m in T.parallel(M):
                 prepare(x, rows, factors, m, m)
             for g in T.parallel(blocks * panels):
-                block_tiles(rows, factors, w, b, residual, y, g // panels, 0, g % panels)
+                block_tiles(to, g // panels, 0, g % panels)
 
     return dense_prim_func(spec, DimVars(), (layout.size,), layout.bias_size, body)

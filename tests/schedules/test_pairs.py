@@ -1,4 +1,4 @@
-"""Products in pairs: parity at odd shapes, rounding that goes by norms, and what they compile to."""
+"""Products in pairs: parity at odd shapes, rounding by norms, and what they compile to."""
 
 from __future__ import annotations
 
