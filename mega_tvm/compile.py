@@ -71,12 +71,6 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
         help="leave out the code of streams, which are fed frame by frame",
     )
     add(
-        "--fast-products",
-        action="store_true",
-        help="multiply by Strassen's method where that is faster: 1.3 times the rounding error of "
-        "dense layers, 1.75 times the bytes of their weights; CPUs only",
-    )
-    add(
         "--tuning-log",
         type=Path,
         metavar="DIR",
@@ -177,7 +171,6 @@ def _compile(arguments: argparse.Namespace) -> int:
             else f"batch to {arguments.max_batch}, seq_len to {arguments.max_seq_len}",
             "streams": "if the model can" if on_cpu and not arguments.no_stream else "left out",
             "dtype": arguments.dtype,
-            "fast products": "where they pay" if arguments.fast_products else "no",
             "tuning log": "none"
             if arguments.no_tuning
             else arguments.tuning_log or "those shipped for the target",
@@ -206,7 +199,6 @@ def _compile(arguments: argparse.Namespace) -> int:
             max_seq_len=arguments.max_seq_len,
             stream=not arguments.no_stream,
             dtype=arguments.dtype,
-            fast_products=arguments.fast_products,
             tuning_log=arguments.tuning_log,
             use_tuning=not arguments.no_tuning,
             threads=arguments.threads,

@@ -47,7 +47,6 @@ def compile_model(
     max_seq_len: int = MAX_SEQ_LEN,
     stream: bool = True,
     dtype: str = "float32",
-    fast_products: bool = False,
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
     options: Mapping[str, object] | None = None,
     seed: int = DEFAULT_SEED,
@@ -90,10 +89,6 @@ def compile_model(
         Type of weights and of what kernels hand on: ``float32``; on GPUs also ``float16`` and
         ``bfloat16``. Sums, states, statistics, and the input and output of a call are float32
         always.
-    fast_products : bool
-        Multiply by Strassen's method in dense layers where that is faster, see
-        `schedules.strassen_dense.cpu`: an eighth fewer multiplications, 1.3 times the rounding
-        error of these layers, 1.75 times the bytes of their weights. For CPUs.
     output : path-like
         Where the library goes; ``OUT.json`` goes beside it.
     options : mapping, optional
@@ -132,11 +127,6 @@ def compile_model(
     """
     resolved = resolve_target(target)
     check_dtype(dtype, target, on_gpu=isinstance(resolved, CudaTarget))
-    if fast_products and not isinstance(resolved, CpuTarget):
-        raise CompileError(
-            f"fast products are for CPUs: target {target} has no kernels of Strassen's method; "
-            "leave fast_products (--fast-products) out, or compile for a CPU (--target native)"
-        )
     check_destination(Path(os.path.abspath(output)))  # now, not after the compile
     source = resolve_model(model, options, seed)
     shapes = input_shapes(source, batch, seq_len, input_shape)
@@ -150,8 +140,7 @@ def compile_model(
     streaming = StreamPlan(left_out=NOT_ASKED_FOR if on_cpu else _NO_STREAM_ON_GPU)
     if symbolic and on_cpu:
         plan = plan_symbolic(source, shapes.values(), max_batch, max_seq_len)
-    # The function of all frames multiplies plainly: a window would not be the full run to the bit.
-    windows = stream and on_cpu and not fast_products
+    windows = stream and on_cpu
     if windows:
         streaming = plan_stream(source, next(iter(shapes.values())), plan)
 
@@ -163,7 +152,6 @@ def compile_model(
             tvm.IRModule({**functions, **streaming.functions}),
             resolved,
             dtype=dtype,
-            fast_products=fast_products,
             tuned=tuned,
             on_scheduled=lambda: _check_tuning(tuned, strict, on_tuning),
             disabled_passes=disabled_passes,
@@ -203,15 +191,13 @@ def compile_model(
         found = check_stream(compiled, stream_field, source.oracle(), dtype)
         figures = {"max_abs": found.max_abs, "relative_rms": found.relative_rms}
         parity["entries"][STREAM] = {"checked": True, **figures}
-    why = "its products are fast ones" if fast_products else NOT_ASKED_FOR
-    window_field: dict[str, Any] = {"left_out": streaming.left_out or why}
+    window_field: dict[str, Any] = {"left_out": streaming.left_out}
     if windows:
         runs = window_checks(entries, symbolic_entries) if parity["checked"] else {}
         window_field = describe_windows(compiled, width, runs)
     manifest = {
         "target": resolved.describe(),
         "dtype": dtype,
-        "fast_products": fast_products,
         "entries": entries,
         "symbolic_entries": [entry.describe() for entry in symbolic_entries],
         "stream": stream_field,

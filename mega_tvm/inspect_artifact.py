@@ -57,8 +57,7 @@ class ArtifactReport:
             "tensors": f"{len(tensors['items'])}, {tensors['bytes']:,} bytes",
             "target": f"{target['name']} ({target['kind']}, {target['mcpu'] or 'generic'})",
             "needs": ", ".join(target["cpu_features"]) or "no CPU features",
-            "dtype": manifest["dtype"]
-            + (", fast products" if manifest.get("fast_products", False) else ""),
+            "dtype": manifest["dtype"],
             "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
             "weights": _weights(manifest["weights"] or {}),
             "passes off": ", ".join(manifest.get("disabled_passes", ())) or "none",

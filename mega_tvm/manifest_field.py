@@ -63,7 +63,6 @@ class Field:
 _JSON_NAMES = {
     str: "a string",
     int: "an integer",
-    bool: "true or false",
     list: "a list",
     dict: "an object",
     type(None): "null",

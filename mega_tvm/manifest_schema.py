@@ -171,9 +171,6 @@ def manifest_problem(manifest: object) -> str | None:
     entries = manifest["entries"]
     if not entries:
         return "entries must not be empty"
-    # Older files do not have it.
-    if wrong := Field(bool).problem(manifest.get("fast_products", False), "fast_products"):
-        return wrong
     if wrong := _stream_problem(manifest.get("stream")):
         return wrong
     if wrong := _window_problem(manifest.get("window")):

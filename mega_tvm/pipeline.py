@@ -42,7 +42,6 @@ from .lowering import CPU_PIPELINE, keep_c_functions_private, order_shape_functi
 from .packing import pack_phase
 from .passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
-from .passes.fast_products import fast_products as fast_products_pass
 from .passes.pair_products import pair_products
 from .passes.split_rows import mark_splittable, without_pieces
 from .passes.split_window import split_of, without_windows
@@ -54,7 +53,7 @@ PHASES = ("graph", "kernels", "schedule", "pack", "lower")
 
 
 def passes_of(
-    target: CpuTarget | CudaTarget, dtype: str, threads: int, *, fast_products: bool = False
+    target: CpuTarget | CudaTarget, dtype: str, threads: int
 ) -> tuple[tvm.transform.Pass, ...]:
     """Return the passes of the graph phase.
 
@@ -65,7 +64,6 @@ def passes_of(
         Type of weights and activations.
     threads : int
         The thread count that the library will mostly run with.
-    fast_products : bool
     """
     if isinstance(target, CudaTarget):
         passes = (*GRAPH_PASSES, *CUDA_PASSES)
@@ -73,9 +71,7 @@ def passes_of(
         passes = (mark_splittable(threads), *GRAPH_PASSES, *CPU_PASSES)
         if target.name != "native" or not pairs_pay(target.tvm_target()):
             passes = tuple(p for p in passes if p.info.name != pair_products.info.name)
-    if dtype != FLOAT32:
-        passes = (*passes, narrow_tensors(dtype))
-    return (*passes, fast_products_pass) if fast_products else passes
+    return passes if dtype == FLOAT32 else (*passes, narrow_tensors(dtype))
 
 
 def run_pipeline(
@@ -83,7 +79,6 @@ def run_pipeline(
     target: CpuTarget | CudaTarget,
     *,
     dtype: str = FLOAT32,
-    fast_products: bool = False,
     tuned: TunedSchedules | None = None,
     disabled_passes: Collection[str] = (),
     debug_dump: Path | None = None,
@@ -100,8 +95,6 @@ def run_pipeline(
         A CudaTarget takes entries of known shapes alone, without state.
     dtype : str
         Type of weights and activations: `mega_tvm.dtypes`.
-    fast_products : bool
-        Multiply by Strassen's method where that pays: `mega_tvm.passes.fast_products`. For CPUs.
     tuned : TunedSchedules, optional
         Records of tuning logs; without, every kernel gets its hand schedule.
     disabled_passes : collection of str
@@ -138,7 +131,7 @@ def run_pipeline(
         _dump(mod, debug_dump / "0_import.py")
     with tvm_target:
         threads = 1 if tuned is None else tuned.threads
-        passes = passes_of(target, dtype, threads, fast_products=fast_products)
+        passes = passes_of(target, dtype, threads)
         mod = phase("graph", lambda: graph_phase(mod, disabled_passes, passes))
         states, windows = states_of(mod), split_of(mod)
         mod = phase("kernels", lambda: kernel_phase(mod))

@@ -26,7 +26,6 @@ from .laplace_attention import cuda as laplace_attention_cuda
 from .layer_norm import cpu as layer_norm_cpu
 from .layer_norm import cuda as layer_norm_cuda
 from .normed_dense import cuda as normed_dense_cuda
-from .strassen_dense import cpu as strassen_dense_cpu
 
 
 class KernelSchedule(Protocol):
@@ -46,7 +45,6 @@ CPU: dict[str, KernelSchedule] = {
     "gated_attention": gated_attention_cpu,
     "laplace_attention": laplace_attention_cpu,
     "layer_norm": layer_norm_cpu,
-    "strassen_dense": strassen_dense_cpu,
 }
 
 CUDA: dict[str, KernelSchedule] = {

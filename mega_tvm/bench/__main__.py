@@ -40,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
         default=FLOAT32,
         help="type of weights and activations; another than float32 is for --device cuda",
     )
-    add("--fast-products", action="store_true", help="ours compiled with this option")
     add("--rounds", type=_positive, default=15, metavar="N", help="interleaved rounds (15)")
     add("--turn-ms", type=_positive, default=100, metavar="MS", help="a contestant's turn (100)")
     add("--limit", type=_positive, default=120, metavar="S", help="fewer rounds if longer (120)")
@@ -103,7 +102,6 @@ def _settings(options: argparse.Namespace) -> Settings:
         limit_s=options.limit,
         cold=options.cold,
         memory=options.memory,
-        fast_products=options.fast_products,
     )
 
 
@@ -128,8 +126,7 @@ def _run(console: Console, settings: Settings, options: argparse.Namespace) -> i
             value = getattr(options, flag[2:].replace("-", "_"))
             if value is not None and value != p.get_default(flag[2:].replace("-", "_")):
                 command += [flag, str(value)]
-        flags = ("--cold", "--memory", "--fast-products")
-        command += [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
+        command += [flag for flag in ("--cold", "--memory") if getattr(options, flag[2:])]
         return shlex.join(command)
 
     machine = hardware()

@@ -32,8 +32,6 @@ def run_on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     for name in _FOR_CPUS:
         if getattr(options, name):
             parser.error(f"--{name} is for --device cpu; with cuda there are a table and --json")
-    if options.fast_products:
-        parser.error("--fast-products is for CPUs")
     if options.threads != 1:
         parser.error("--threads is for --device cpu")
     from .cuda_peers import PEERS

@@ -58,8 +58,6 @@ def kernel_flops(op: str, spec: Mapping[str, Any] | None) -> int:
         return 0
     if op in ("dense", "normed_dense"):
         return 2 * math.prod(spec["lead"]) * int(spec["k"]) * int(spec["n"])
-    if op == "strassen_dense":  # seven products of halves in place of eight
-        return 7 * math.prod(spec["lead"]) * int(spec["k"]) * int(spec["n"]) // 4
     if op == "ema_scan":
         return 2 * int(spec["batch"]) * int(spec["seq_len"]) * int(spec["channels"])
     if op == "ema_scan_dense":

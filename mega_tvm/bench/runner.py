@@ -17,7 +17,7 @@ from .measure import CacheEvictor, Timing, interleaved, quick_minimum
 from .memory import peak_memory
 from .oracle import TOLERANCE, expected_output, relative_error
 from .peers import OURS, PEERS, Form, Model, Peer
-from .peers.mega import FAST_PRODUCTS, LIBRARIES
+from .peers.mega import LIBRARIES
 from .workloads import Params, Workload, random_input, random_params
 
 
@@ -33,7 +33,6 @@ class Settings:
     limit_s: float = 120.0
     cold: bool = False
     memory: bool = False
-    fast_products: bool = False  # of ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +123,6 @@ def _run_workload(
             row = Row(workload.name, name, pruned, reproduce=reproduce(workload, name))
             unavailable = peer.available()
             forms = [] if unavailable else peer.forms(workload, pruned)
-            if forms and name == OURS and settings.fast_products:
-                forms = [FAST_PRODUCTS]
             if not unavailable and not forms:
                 continue
             say(f"{workload.name}: preparing {row.name} ({len(forms)} forms)")

@@ -28,7 +28,6 @@ from schedules.laplace_attention.naive import LaplaceAttentionSpec
 from schedules.layer_norm.naive import LayerNormSpec
 from schedules.normed_dense.naive import NormedDenseSpec
 from schedules.registry import kernel_op
-from schedules.strassen_dense.naive import StrassenDenseSpec
 
 Array = npt.NDArray[Any]
 # What a softmax amplifies: a score is rounded to u |score|, and the tolerance has room up to 8.
@@ -73,8 +72,6 @@ def _operands(func: tirx.PrimFunc, rng: _Random) -> Operands:
     op = kernel_op(func)
     if op == DenseSpec.op:
         return _dense(rng, DenseSpec.of(func))
-    if op == StrassenDenseSpec.op:
-        return _dense(rng, StrassenDenseSpec.of(func))
     if op == NormedDenseSpec.op:
         return _normed_dense(rng, NormedDenseSpec.of(func))
     if op == EmaScanDenseSpec.op:

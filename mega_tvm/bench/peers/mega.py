@@ -19,15 +19,12 @@ from .plain import Form
 # Names the folder of libraries that a run compiled: the process that measures memory finds them
 # there, and so holds nothing of the compiler.
 LIBRARIES = "MEGA_TVM_BENCH_LIBRARIES"
-COMPILED, FAST_PRODUCTS = Form("compiled"), Form("compiled, fast products")
 
 
 class LoadedModel:
     """A compiled model: its call, its manifest, and where the run has no folder, its own one."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, workload: Workload, threads: int, form: Form = COMPILED
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, workload: Workload, threads: int) -> None:
         import mega_tvm
 
         folder = os.environ.get(LIBRARIES)
@@ -36,9 +33,7 @@ class LoadedModel:
             folder = self._own_folder.name
         shape = f"B{workload.batch}-T{workload.seq_len}"
         attention = "laplace" if workload.config.laplace_attention else "softmax"
-        name = f"{checkpoint.digest[:16]}-{attention}-{shape}-{threads}"
-        fast_products = form == FAST_PRODUCTS
-        library = Path(folder) / f"{name}{'-fast-products' if fast_products else ''}.so"
+        library = Path(folder) / f"{checkpoint.digest[:16]}-{attention}-{shape}-{threads}.so"
         if not library.exists():
             mega_tvm.compile_model(
                 checkpoint,
@@ -46,7 +41,6 @@ class LoadedModel:
                 batch=workload.batch,
                 seq_len=workload.seq_len,
                 threads=threads,
-                fast_products=fast_products,
                 symbolic=False,  # neither this
                 stream=False,  # nor that would run
                 output=library,
@@ -71,8 +65,8 @@ class MegaTvm:
         return missing("tvm", "torch")
 
     def forms(self, workload: Workload, pruned: bool) -> list[Form]:
-        """Return the form that it has by default."""
-        return [] if pruned else [COMPILED]
+        """Return the one form that it has."""
+        return [] if pruned else [Form("compiled")]
 
     def prepare(
         self,
@@ -83,4 +77,4 @@ class MegaTvm:
         form: Form,
     ) -> Model:
         """Return the model, compiled and loaded."""
-        return LoadedModel(Checkpoint(workload.config, dict(params)), workload, threads, form)
+        return LoadedModel(Checkpoint(workload.config, dict(params)), workload, threads)
