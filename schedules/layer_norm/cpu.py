@@ -1,19 +1,20 @@
 """How a layer_norm kernel runs on x86.
 
-A row by itself is one long chain: its sum over lanes, the sum of squared deviations, a root, a
-quotient, 170 cycles for a row of 256, where AVX-512 has 32 cycles of additions and as many of
-stores. A core's registers hold 1.6 such rows that wait, so that row by row takes 104 cycles.
+A row by itself is one long chain: its sum over lanes, that of squared deviations, a root, a
+quotient. A row of 256 takes some 170 cycles of latency, and no more than 32 of additions, products
+or stores with AVX-512. The next row's work does not fill the gap: its values need registers while
+they wait, of which a Zen 4 has 192, for less than two rows. Row by row takes 104 cycles.
 
 So rows go down a pipeline. Each turn writes row ``m``, takes deviations and squares of row
-``m + 1`` and the mean of row ``m + 3``: none of them waits for another, and what waits for a sum
-does so through the work of the next turn. As vector ``j`` of row ``m`` leaves its register, that of
-row ``m + 1`` takes it: half the registers hold deviations (all 256 elements with AVX-512), of the
-vectors beyond them they are computed twice. 60 rows of 256 take 68 cycles each, a copy of them
-within L2 66.
+``m + 1`` and the mean of row ``m + 3``: none of them waits for another, and the chain of a sum runs
+beside the work of the next turn. As vector ``j`` of row ``m`` leaves its register, that of row
+``m + 1`` takes it: half the registers hold deviations (all of 256 elements with AVX-512); those of
+vectors beyond them are computed twice. 60 rows of 256 take 68 cycles each, a copy of them within L2
+66.
 
 Narrow rows have more chain than work even so: as many as a vector has lanes go together. A vector
 holds the sums of all, a tree of shuffles makes it (`row_sums`), and one root and one quotient serve
-them. Rows of which five do not stay in L1 go by themselves, in three passes.
+them. Wide rows, which would leave L1 before they are written, go one by one in three passes.
 
 Sums run in ``unroll`` independent vectors, which hide the latency of the additions. The variance is
 that of the deviations, never E[x^2] - E[x]^2, which cancels. Whether rows go down a pipeline, and
@@ -42,11 +43,11 @@ from .naive import LayerNormSpec, layer_norm_prim_func
 # (T = 60, two threads: the whole model 1.7% faster; one thread: no difference). A kernel timed by
 # itself does not show that, so that no search decides it.
 PARALLEL_ELEMENTS = 6144
-# Of rows that go together, beside what they become.
+# Of rows that go together, or are in a pipeline at a time, beside what they become.
 L1_BYTES = 16 << 10
 LEAST_TOGETHER = 4
-# Rows that go down one pipeline of several: each starts and ends with work that nothing hides (60
-# rows of 256 on one thread: 1.18 us in two of them, 1.11 in one).
+# Rows of one pipeline, where threads share them. A parallel region of one thread costs 0.07 us: 60
+# rows of 256 take 1.18 us in two pipelines, 1.11 in one, which is no region.
 PIPELINE_ROWS = 32
 
 
