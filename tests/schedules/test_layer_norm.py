@@ -7,7 +7,7 @@ import pytest
 
 from mega_tvm.tolerances import assert_parity
 from schedules.common.cpu_features import vector_unit
-from schedules.layer_norm.naive import LayerNormSpec
+from schedules.layer_norm.naive import LayerNormSpec, layer_norm
 from tests.schedules.cases import layer_norm_case
 from tests.schedules.harness import run_naive, run_scheduled
 
@@ -79,10 +79,46 @@ def test_any_decisions(rng, target, n, unroll) -> None:
 
 
 @FORMS
-@pytest.mark.parametrize("keep_row", [0, 1])
-@pytest.mark.parametrize("n", [16, 64], ids="N{}".format)
-def test_a_row_in_registers(rng, target, n, keep_row, form) -> None:
-    _check(rng, target, _rows(rng, (1, 7), n), form, keep_row=keep_row)
+@pytest.mark.parametrize("pipelined", [0, 1])
+@pytest.mark.parametrize("n", [77, 600], ids="N{}".format)
+def test_rows_in_a_pipeline(rng, target, n, pipelined, form) -> None:
+    """Rows that registers hold, in part or as a whole, with a tail and without."""
+    _check(rng, target, _rows(rng, (1, 7), n), form, pipelined=pipelined)
+
+
+@pytest.mark.parametrize("n", [100, 256], ids="N{}".format)
+def test_a_row_is_the_same_wherever_it_stands(rng, target, n) -> None:
+    """To the bit: alone, among few or many, first or last in a pipeline, or in none."""
+    rows = 12_288 // n + 80
+    x = _rows(rng, (rows,), n)
+    case = layer_norm_case(LayerNormSpec((rows,), n, EPS), x, rng)
+    y = run_scheduled(case.func, target, case.inputs, x.shape)
+    for count, decisions in [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (5, {"pipelined": 0}),
+        (rows - 1, {}),
+        (rows - 1, {"pipeline_rows": 16}),
+        (rows - 1, {"pipelined": 0}),
+    ]:
+        some = layer_norm(LayerNormSpec((count,), n, EPS))
+        inputs = (x[-count:], *case.inputs[1:])
+        last = run_scheduled(some, target, inputs, (count, n), **decisions)
+        np.testing.assert_array_equal(last, y[-count:], err_msg=f"{count} rows, {decisions}")
+
+
+@pytest.mark.parametrize("n", [48, 256], ids="N{}".format)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_row(rng, target, n, bad) -> None:
+    x = _rows(rng, (9,), n)
+    spec = LayerNormSpec((9,), n, EPS)
+    case = layer_norm_case(spec, x, rng)
+    good = run_scheduled(case.func, target, case.inputs, x.shape)
+    x[4, n // 3] = bad
+    y = run_scheduled(case.func, target, (x, *case.inputs[1:]), x.shape)
+    assert np.isnan(y[4]).any()
+    np.testing.assert_array_equal(np.delete(y, 4, 0), np.delete(good, 4, 0))
 
 
 @FORMS

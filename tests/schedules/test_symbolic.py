@@ -53,12 +53,16 @@ def test_dense_to_the_bit(rng, target) -> None:
 
 
 def test_layer_norm(rng, target) -> None:
+    """To the bit as a kernel for one shape."""
     spec = LayerNormSpec(("batch", "seq_len"), 45, 1e-5)
     kernel = Kernel(scheduled(layer_norm(spec), target), target)
     for lead in [(1, 1), (3, 7), (2, 800)]:  # the last is worth a second thread
         x = rng.standard_normal((*lead, 45), dtype=np.float32)
         case = layer_norm_case(dataclasses.replace(spec, lead=lead), x, rng)
-        assert_parity(kernel(case.inputs, x.shape), case.expected, name=str(lead))
+        y = kernel(case.inputs, x.shape)
+        assert_parity(y, case.expected, name=str(lead))
+        one = Kernel(scheduled(case.func, target), target)
+        np.testing.assert_array_equal(y, one(case.inputs, x.shape), err_msg=str(lead))
 
 
 def test_ema_scan(rng, target) -> None:

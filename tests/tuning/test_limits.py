@@ -10,6 +10,8 @@ from mega_tvm.bench import ceilings
 from mega_tvm.tuning import limits
 from mega_tvm.tuning.limits import Limits, Work, bound, work_of
 from schedules.dense.naive import DenseSpec
+from schedules.ema_scan.naive import EmaScanSpec
+from schedules.layer_norm.naive import LayerNormSpec
 from tests.schedules.cases import attention_spec
 
 
@@ -39,6 +41,14 @@ def test_attention_counts_whole_vectors_of_seen_keys() -> None:
     assert every.vectors == 34 * (32 + limits.EXP) + 17 * 17 * 2 + 17 * 2 + shuffles
     row = _work("gated_attention", attention_spec(False, 2, 1, 17, 32))
     assert row.vectors == 2 * 17 * (64 + limits.EXP) / 16
+
+
+def test_layer_norm_and_scan_count_products_and_bytes() -> None:
+    spec = LayerNormSpec((2, 3), 32, 1e-5, affine=False)
+    assert _work("layer_norm", spec) == Work(6 * 2 * 2, 8 * 6 * 32)
+    affine = _work("layer_norm", dataclasses.replace(spec, affine=True))
+    assert affine.vectors == 6 * 3 * 2
+    assert _work("ema_scan", EmaScanSpec(2, 5, 32)) == Work(2 * 5 * 2, 8 * 2 * 5 * 32)
 
 
 @pytest.mark.parametrize(
