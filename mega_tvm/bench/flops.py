@@ -3,8 +3,8 @@
 Counted are multiplications, additions and subtractions of products, distances and moving averages.
 Norms, activations and exponentials are not, so that a share of the FMA peak is never flattered.
 Products in pairs (`schedules.dense.pairs`) count as the multiply-adds that they stand for, a third
-of which no FMA unit does: a rate may exceed the FMA peak. An L1 distance counts two operations an element (subtract, add), which are two instructions where a
-product's two are one: Laplace attention cannot come near the FMA peak.
+of which no FMA unit does: a rate may exceed the FMA peak. An L1 distance counts two operations an
+element (subtract, add), which are two instructions where a product's two are one.
 """
 
 from __future__ import annotations

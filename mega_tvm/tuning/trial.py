@@ -191,19 +191,22 @@ class Loaded:
         self._module, self._device, self._operands = module, device, operands
         self._calls, self._runs = candidate.calls, candidate.runs
         output = np.full(operands.expected.shape, np.nan, np.dtype(operands.dtypes[-1]))
-        self._arguments = [_on_device(a, device) for a in (*candidate.arguments, output)]
+        self._arguments = [tvm.runtime.tensor(a, device) for a in (*candidate.arguments, output)]
+
+    def _move_tensors(self, tensors: npt.NDArray[Any]) -> None:
+        """Put the weights on huge pages, where a loaded model has them."""
+        memory = np.frombuffer(reserve(tensors.nbytes), np.uint8)
+        memory[:] = tensors
+        self._arguments[-2] = tvm_ffi.from_dlpack(memory)
 
     @classmethod
     def here(cls, candidate: Candidate, operands: Operands) -> Loaded:
         """Load a candidate into this process."""
-        if candidate.on_gpu:
-            return cls(candidate, operands, candidate.executable.jit(), tvm.cuda())
-        # Weights lie on huge pages, as a loaded model's do.
-        *plain, tensors = candidate.arguments
-        there = np.frombuffer(reserve(tensors.nbytes), np.uint8)
-        there[:] = tensors
-        candidate = dataclasses.replace(candidate, arguments=(*plain, there))
-        return cls(candidate, operands, candidate.executable.jit(), tvm.cpu())
+        device = tvm.cuda() if candidate.on_gpu else tvm.cpu()
+        loaded = cls(candidate, operands, candidate.executable.jit(), device)
+        if not candidate.on_gpu:
+            loaded._move_tensors(candidate.arguments[-1])
+        return loaded
 
     @classmethod
     def there(cls, candidate: Candidate, operands: Operands, session: Any, library: Path) -> Loaded:
@@ -242,12 +245,6 @@ class Loaded:
         """Check, then time for about ``budget_s``; return seconds a call."""
         once = self.check()
         return self.time(int(min(MOST_REPEATS, max(LEAST_REPEATS, budget_s / once))))
-
-
-def _on_device(array: npt.NDArray[Any], device: Any) -> Any:
-    if device == tvm.cpu():
-        return tvm_ffi.from_dlpack(array)
-    return tvm.runtime.tensor(array, device)
 
 
 def paired_times(
