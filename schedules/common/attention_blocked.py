@@ -34,6 +34,7 @@ from .attention_panels import key_packer
 from .attention_scoring import Scoring
 from .attention_tiles import Blocking
 from .dims import DimVars, ceil_div
+from .memory_operands import apart
 from .row_tiles import RowTiles, opaque
 
 
@@ -77,13 +78,15 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
                     acc[i, j * L + lane] = T.float32(0)
+        again = T.meta_var(apart(vectors) if scoring.embeds else None)
         for d in T.serial(W):
             for i in T.unroll(n_rows):
                 for j in T.unroll(vectors):
+                    at_d = T.meta_var(q_off + d + again[j] if scoring.embeds else q_off + d)
                     for lane in T.vectorized(L):
                         acc[i, j * L + lane] = accumulate(
                             acc[i, j * L + lane],
-                            q[b, row + i, q_off + d],
+                            q[b, row + i, at_d],
                             kt[to, p, d, j * L + lane],
                         )
         for i in T.unroll(n_rows):

@@ -29,6 +29,9 @@ class Scoring:
         Whether ``rescale`` can differ from 1.
     causal : bool
         Whether a query sees only keys up to its own position.
+    embeds : bool
+        Whether a query's component is read from memory by each instruction that needs it, see
+        `memory_operands.apart`; else once into a register, for all vectors of keys. Blocked only.
     """
 
     accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
@@ -37,3 +40,4 @@ class Scoring:
     weigh: Callable[..., None]
     rescales: bool
     causal: bool
+    embeds: bool = False

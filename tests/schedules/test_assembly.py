@@ -70,6 +70,14 @@ def _assert_distances(loops: list[Loop], *, bits: int) -> None:
         assert len(set(count)) == 1 and sum(count) == len(loop.arithmetic), str(loop)
 
 
+def _assert_embedded(loop: Loop) -> None:
+    """Check that queries are operands in memory: what else is broadcast is a constant."""
+    subtractions = [i for i in loop.body if i.opcode == "vsubps"]
+    assert all(i.memory and "{1to" in i.memory for i in subtractions), str(loop)
+    broadcasts = [i for i in loop.body if "broadcast" in i.opcode]
+    assert all("%rip" in str(i.memory) for i in broadcasts), str(loop)
+
+
 # |q - k| by a subtraction and a mask; half of it is added by an FMA.
 _DISTANCE = ("vsubps", "vand", "vfmadd")
 
@@ -91,7 +99,11 @@ def test_blocked_attention(mcpu, laplace, B, T, W, V) -> None:
     products = product_loops(text)
     _assert_products(products, bits=BITS[mcpu])
     if laplace:
-        _assert_distances(distance_loops(text), bits=BITS[mcpu])
+        distances = distance_loops(text)
+        _assert_distances(distances, bits=BITS[mcpu])
+        if mcpu == "x86-64-v4":
+            for loop in distances:
+                _assert_embedded(loop)
     else:
         full = [loop for loop in products if loop.vector_bits == BITS[mcpu]]
         assert len(full) >= 2, "scores and weighted values are two products"
