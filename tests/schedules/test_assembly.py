@@ -6,6 +6,7 @@ import pytest
 
 from schedules.dense.naive import DenseSpec, dense
 from schedules.gated_attention.naive import gated_attention
+from schedules.laplace_attention.cpu import MAXIMUM
 from schedules.laplace_attention.naive import laplace_attention
 from tests.schedules.assembly import Loop, distance_loops, inner_loops, product_loops
 from tests.schedules.cases import attention_spec, sized
@@ -107,6 +108,21 @@ def test_blocked_attention(mcpu, laplace, B, T, W, V) -> None:
     else:
         full = [loop for loop in products if loop.vector_bits == BITS[mcpu]]
         assert len(full) >= 2, "scores and weighted values are two products"
+
+
+@MCPU
+@sized("B T W V", [(1, 1024, 256, 256), ("batch", "seq_len", 256, 256)])
+def test_distances_of_maxima(mcpu, B, T, W, V) -> None:
+    spec = attention_spec(True, B, T, T, W, V)
+    text = assembly(laplace_attention(spec), cpu_target(mcpu), l1_form=MAXIMUM)
+    loops = [loop for loop in product_loops(text) if "vmaxps" in loop.opcodes()]
+    assert loops, "no loop sums maxima"
+    _assert_clean(loops, bits=BITS[mcpu], density=0.5)
+    for loop in loops:
+        maxima = [i for i in loop.body if i.opcode == "vmaxps"]
+        assert len(maxima) == loop.fma_count == len(loop.arithmetic) / 2, str(loop)
+        if mcpu == "x86-64-v4":
+            assert all(i.memory and "{1to" in i.memory for i in maxima), str(loop)
 
 
 @MCPU
