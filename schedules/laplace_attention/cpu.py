@@ -25,6 +25,7 @@ A weight is at most 1, so a running sum needs no running maximum. A distance has
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.s_tir import Schedule
@@ -42,6 +43,11 @@ from ..common.reduce import fold_sum
 from .naive import LaplaceAttentionSpec
 
 DIFFERENCE, MAXIMUM = 0, 1
+# One component of half a distance. An operand in memory must be the second one: the query's.
+L1_FORMS: Sequence[Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]] = (
+    lambda acc, q, k: acc + T.abs(k - q) * T.float32(0.5),
+    lambda acc, q, k: acc + T.max(k, q) * T.float32(0.5),
+)
 # A score of maxima is kept where the vectors' magnitudes are at most so many times 1 + distance.
 MOST_CANCELLED = 4
 
@@ -106,8 +112,7 @@ def laplace(L: int) -> Scoring:
         total[r] = total[r] + part[0, 0]
 
     return Scoring(
-        # An operand in memory must be the subtrahend.
-        accumulate=lambda acc, q, k: acc + T.abs(k - q) * T.float32(0.5),
+        accumulate=L1_FORMS[DIFFERENCE],
         weight=weight,
         start=start,
         weigh=weigh,
@@ -119,7 +124,7 @@ def laplace(L: int) -> Scoring:
 def _maximum() -> Shortcut:
     """Return half the distance as ``sum_d max(q_d, k_d) - sum_d (q_d + k_d) / 2``."""
     return Shortcut(
-        accumulate=lambda acc, q, k: acc + T.max(k, q) * T.float32(0.5),
+        accumulate=L1_FORMS[MAXIMUM],
         score=lambda acc, half: T.float32(2) * acc - half,
         holds=lambda score, magnitude: (
             magnitude <= T.float32(2 * MOST_CANCELLED) * score + T.float32(MOST_CANCELLED)
