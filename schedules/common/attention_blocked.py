@@ -100,7 +100,9 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             for j in T.unroll(n // step):
                 for lane in T.vectorized(step):
                     acc[i, j * step + lane] = T.float32(0)
-        for key in T.serial(n_keys):
+        # On the diagonal each of the last keys is seen by one row less.
+        diagonal = T.meta_var(n_rows - 1 if causal and one_span else 0)
+        for key in T.serial(n_keys - diagonal):
             for i in T.unroll(n_rows):
                 for j in T.unroll(n // step):
                     for lane in T.vectorized(step):
@@ -108,6 +110,16 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                             acc[i, j * step + lane]
                             + s[i, key] * v[b, first + key, v_off + col + j * step + lane]
                         )
+        for t in T.unroll(diagonal):
+            key = T.meta_var(n_keys - diagonal + t)
+            for i in T.unroll(n_rows):
+                if i > t:
+                    for j in T.unroll(n // step):
+                        for lane in T.vectorized(step):
+                            at = T.meta_var(v_off + col + j * step + lane)
+                            acc[i, j * step + lane] = (
+                                acc[i, j * step + lane] + s[i, key] * v[b, first + key, at]
+                            )
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
                 if one_span:
