@@ -2,8 +2,9 @@
 
 A kernel is bound by the largest of three: the cycles of the units that multiply and add, the bytes
 of its activations in the core's own cache, and the bytes of its weights, which come from behind it.
-Each is told by a rate that was measured in the same run. Work that is done for nobody does not
-count, but for what a vector of keys or columns brings with it.
+Each is told by a rate that was measured in the same run; L1 distances, which keep other units busy
+too, have one of their own (`distance_rate`). Work that is done for nobody does not count, but for
+what a vector of keys or columns brings with it.
 
 A layer norm is bound by the copy: a vector takes 2 cycles of the FMA units (the square, the
 product), 2 of the units beside them that add (sum, deviation) and 2 for its store, measured on a
@@ -35,11 +36,14 @@ from ..bench.ceilings import (
     read_kernel,
 )
 from ..targets import resolve_target
+from .distance_rate import measure_distances
 from .trial import COLD_BYTES
 
 # Instructions of an exponential that go where FMAs go: 8 FMAs and a product, see
 # `schedules.common.vector_math`. A sigmoid adds 1 and divides beside it, SwiGLU multiplies by up.
 EXP, SIGMOID, SWIGLU = 9, 9, 10
+# 1 / (1 + distance): an FMA, the distance being twice a score; the division runs beside.
+LAPLACE = 1
 # A copy within L2: half of it each for what is read and written.
 COPY_BYTES = 256 << 10
 COPIES = 200
@@ -55,6 +59,8 @@ class Limits:
         Float32 of a vector.
     fma_gflops : float
         FMAs on registers.
+    distances : tuple of float
+        Vectors of components added to L1 distances, in billions a second, by ``l1_form``.
     copy_gb_per_s : float
         Read and written in L2.
     read_gb_per_s : float
@@ -63,20 +69,37 @@ class Limits:
 
     lanes: int
     fma_gflops: float
+    distances: tuple[float, ...]
     copy_gb_per_s: float
     read_gb_per_s: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a kernel has to do at least: vector instructions of the FMA units, and bytes."""
+    """What a kernel has to do at least.
+
+    Parameters
+    ----------
+    vectors : float
+        Vector instructions of the FMA units. What runs beside them does not count.
+    activations, weights : float
+        Bytes.
+    distances : float
+        Vectors of components added to L1 distances.
+    l1_form : int
+        How.
+    """
 
     vectors: float = 0.0
     activations: float = 0.0
     weights: float = 0.0
+    distances: float = 0.0
+    l1_form: int = 0
 
 
-def work_of(op: str, spec: Mapping[str, Any], lanes: int) -> Work | None:
+def work_of(
+    op: str, spec: Mapping[str, Any], lanes: int, decisions: Mapping[str, int] | None = None
+) -> Work | None:
     """Return the work of one call of a kernel; None if it is not known for its operator.
 
     Parameters
@@ -85,11 +108,14 @@ def work_of(op: str, spec: Mapping[str, Any], lanes: int) -> Work | None:
     spec : mapping
         Fields of its ``KernelSpec``; all dimensions are numbers.
     lanes : int
+    decisions : mapping, optional
+        Of its schedule. Only ``l1_form`` counts: what a distance takes depends on its form.
     """
     if op == "dense":
         return _dense(spec, lanes)
     if op in ("gated_attention", "laplace_attention"):
-        return _attention(spec, lanes, causal=op == "gated_attention")
+        work = _attention(spec, lanes, causal=op == "gated_attention")
+        return dataclasses.replace(work, l1_form=(decisions or {}).get("l1_form", 0))
     if op == "layer_norm":  # an FMA squares, a product scales, another FMA is the affine part
         elements = math.prod(spec["lead"]) * spec["n"]
         return Work((3 if spec["affine"] else 2) * elements / lanes, 8.0 * elements)
@@ -120,23 +146,37 @@ def _attention(spec: Mapping[str, Any], lanes: int, causal: bool) -> Work:
     seen = [keys - rows + row + 1 if causal else keys for row in range(rows)]
     read = 4.0 * batch * (rows * width + keys * (width + value_width))
     bytes_ = read + 4.0 * batch * rows * value_width * (2 if spec["gate_stride"] else 1)
+    weight = EXP if causal else LAPLACE
     if rows == 1:  # keys are not transposed: a vector holds components of one
-        return Work(batch * keys * (width + value_width + EXP) / lanes, bytes_)
-    # Scores and their exponentials are made for whole vectors of keys.
-    scored = sum(-(-n // lanes) for n in seen)
+        scored, weighed = batch * keys * width / lanes, batch * keys * weight / lanes
+        mixed = batch * keys * value_width / lanes
+        return _scores(scored, weighed + mixed, bytes_, causal)
+    # Scores and their weights are made for whole vectors of keys.
+    vectors = sum(-(-n // lanes) for n in seen)
     mixed = sum(seen) * value_width / lanes
     gated = rows * value_width / lanes if spec["gate_stride"] else 0
     # log2(lanes) shuffles transpose a vector of keys. Cores start one of full width a cycle, and no
     # fewer FMAs; beside FMAs they could run, but the first score waits for them.
     shuffles = keys * width / lanes * math.log2(lanes)
-    return Work(batch * (scored * (width + EXP) + mixed + gated + shuffles), bytes_)
+    rest = batch * (vectors * weight + mixed + gated + shuffles)
+    return _scores(batch * vectors * width, rest, bytes_, causal)
+
+
+def _scores(scored: float, rest: float, bytes_: float, products: bool) -> Work:
+    """Return the work of so many vectors of scores, sums of products or of distances."""
+    if products:
+        return Work(vectors=scored + rest, activations=bytes_)
+    return Work(vectors=rest, activations=bytes_, distances=scored)
 
 
 def bound(work: Work, limits: Limits) -> tuple[float, str]:
-    """Return the least seconds of a kernel, and what bounds it: FMA, copy or weights."""
-    gflops, flops = limits.fma_gflops, 2 * limits.lanes * work.vectors
+    """Return the least seconds of a kernel, and what bounds it: FMA, copy or weights.
+
+    Distances count to FMA: their units are the same, or stand beside them.
+    """
+    fma_s = 2 * limits.lanes * work.vectors / limits.fma_gflops / 1e9
     times = {
-        "FMA": flops / gflops / 1e9,
+        "FMA": fma_s + work.distances / limits.distances[work.l1_form] / 1e9,
         "copy": work.activations / limits.copy_gb_per_s / 1e9,
         "weights": work.weights / limits.read_gb_per_s / 1e9,
     }
@@ -151,7 +191,13 @@ def measure_limits(threads: int) -> Limits:
     fma = measure_fma(target, threads)
     copy_s = agreed(_copy_seconds(target, threads, lanes))
     read_s = agreed(_read_seconds(target, threads, lanes))
-    return Limits(lanes, fma, COPY_BYTES * threads / copy_s / 1e9, COLD_BYTES / read_s / 1e9)
+    return Limits(
+        lanes=lanes,
+        fma_gflops=fma,
+        distances=measure_distances(target, threads),
+        copy_gb_per_s=COPY_BYTES * threads / copy_s / 1e9,
+        read_gb_per_s=COLD_BYTES / read_s / 1e9,
+    )
 
 
 def _copy_seconds(target: Any, threads: int, lanes: int) -> Callable[[], float]:

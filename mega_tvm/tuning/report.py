@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .limits import Limits, bound, work_of
 from .progress import Progress
+from .record import Record
 
 
 class LiveReport:
@@ -99,7 +100,7 @@ def summary(kernels: Sequence[Progress], limits: Limits | None) -> Table:
             f"{record.hand_seconds * 1e6:.2f}",
             f"{record.seconds * 1e6:.2f}" if record.decisions != kernel.space.hand else "hand",
             f"{record.gain - 1:+.1%}",
-            _share(progress, record.seconds, limits),
+            _share(progress, record, limits),
         )
     if tuned_total:
         table.add_section()
@@ -115,10 +116,13 @@ def summary(kernels: Sequence[Progress], limits: Limits | None) -> Table:
     return table
 
 
-def _share(progress: Progress, seconds: float, limits: Limits | None) -> str:
+def _share(progress: Progress, record: Record, limits: Limits | None) -> str:
     """Return the share of the kernel's ceiling, and what bounds it."""
     op, spec = progress.kernel.key.op, json.loads(progress.kernel.key.spec)
-    if limits is None or (work := work_of(op, spec, limits.lanes)) is None:
+    if limits is None or record.seconds is None:
+        return ""
+    work = work_of(op, spec, limits.lanes, record.decisions)
+    if work is None:
         return ""
     least, what = bound(work, limits)
-    return f"{least / seconds:.0%} {what}"
+    return f"{least / record.seconds:.0%} {what}"

@@ -4,8 +4,8 @@
    vector's worth of keys.
 2. The grid is (batch, query block). A block walks over spans of ``span_panels`` key panels; within
    a span, register tiles of ``tile_q`` queries by one panel of keys accumulate their scores over
-   the width. A panel of keys and values takes 128 KB at width 256, and a span of them stays in L2
-   for all tiles of the block.
+   the width (`attention_scores`). A panel of keys and values takes 128 KB at width 256, and a span
+   of them stays in L2 for all tiles of the block.
 3. Scores of a span become weights a row at a time (the one step in which the two forms differ).
 4. Weights times values: register tiles of ``tile_q`` queries by one group of value columns
    accumulate over the span's keys, onto the block's running output.
@@ -31,6 +31,7 @@ from tvm.script import tirx as T
 from .attention import ATTENTION_EPS, AttentionSpec
 from .attention_blocks import balanced_tiles, split_tiles, splits
 from .attention_panels import key_packer
+from .attention_scores import SUMS, key_summer, panel_rows, query_summer, tile_scorer
 from .attention_scoring import Scoring
 from .attention_tiles import Blocking
 from .dims import DimVars, ceil_div
@@ -63,33 +64,21 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     own_keys = blocking.own_keys
     whole = own_keys and not splits(spec)
     one_span = isinstance(K, int) and ceil_div(K, panel) <= blocking.span_panels
-    q_off, v_off, g_off = spec.q_offset, spec.v_offset, spec.gate_offset
+    v_off, g_off = spec.v_offset, spec.gate_offset
     has_gate, causal, rescales = spec.has_gate, scoring.causal, scoring.rescales
-    accumulate, start, weigh = scoring.accumulate, scoring.start, scoring.weigh
+    start, weigh = scoring.start, scoring.weigh
 
-    pack_panel = key_packer(spec, K, panel, L)
+    pack_keys = key_packer(spec, K, panel, L)
+    score = tile_scorer(spec, scoring, L)
+    sum_keys = key_summer(spec, blocking.panel_vectors, L)
+    sum_query = query_summer(spec, value_lanes)
+    summed, rows = scoring.shortcut is not None, panel_rows(W, scoring)
 
     @T.inline
-    def score(q, kt, s, b, to, row, p, at, n_rows, vectors):
-        # s[:, at:at + vectors * L] = scores of the first keys of panel p
-        acc = T.alloc_buffer((n_rows, vectors * L), "float32", scope="local")
-        for i in T.unroll(n_rows):
-            for j in T.unroll(vectors):
-                for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = T.float32(0)
-        for d in T.serial(W):
-            for i in T.unroll(n_rows):
-                for j in T.unroll(vectors):
-                    for lane in T.vectorized(L):
-                        acc[i, j * L + lane] = accumulate(
-                            acc[i, j * L + lane],
-                            q[b, row + i, q_off + d],
-                            kt[to, p, d, j * L + lane],
-                        )
-        for i in T.unroll(n_rows):
-            for j in T.unroll(vectors):
-                for lane in T.vectorized(L):
-                    s[i, at + j * L + lane] = acc[i, j * L + lane]
+    def pack_panel(k, kt, b, to, p, slot, vectors):
+        pack_keys(k, kt, b, to, p, slot, vectors)
+        if summed:
+            sum_keys(kt, to, slot)
 
     @T.inline
     def write(mixed, r, at, inverse, i, gate, out, b, row, col, n):
@@ -111,7 +100,9 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             for j in T.unroll(n // step):
                 for lane in T.vectorized(step):
                     acc[i, j * step + lane] = T.float32(0)
-        for key in T.serial(n_keys):
+        # On the diagonal each of the last keys is seen by one row less.
+        diagonal = T.meta_var(n_rows - 1 if causal and one_span else 0)
+        for key in T.serial(n_keys - diagonal):
             for i in T.unroll(n_rows):
                 for j in T.unroll(n // step):
                     for lane in T.vectorized(step):
@@ -119,6 +110,16 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                             acc[i, j * step + lane]
                             + s[i, key] * v[b, first + key, v_off + col + j * step + lane]
                         )
+        for t in T.unroll(diagonal):
+            key = T.meta_var(n_keys - diagonal + t)
+            for i in T.unroll(n_rows):
+                if i > t:
+                    for j in T.unroll(n // step):
+                        for lane in T.vectorized(step):
+                            at = T.meta_var(v_off + col + j * step + lane)
+                            acc[i, j * step + lane] = (
+                                acc[i, j * step + lane] + s[i, key] * v[b, first + key, at]
+                            )
         for i in T.unroll(n_rows):
             for j in T.unroll(n // step):
                 if one_span:
@@ -160,18 +161,18 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         return None
 
     @T.inline
-    def tile(q, kt, v, gate, out, s, o, peak, total, b, to, row, r, first, n_rows):
+    def tile(q, kt, v, gate, out, s, o, sums, peak, total, b, to, row, r, first, n_rows):
         # Keys of this span that the tile's last row may see.
         seen = T.meta_var(hide(T.min(span, (first_pos + row + n_rows if causal else K) - first)))
         if seen > 0:
             factor = T.alloc_buffer((n_rows,), "float32", scope="local")
             slot = T.meta_var(0 if span_by_span else first // panel)
             if span_panels == 1:
-                score_panel(q, kt, s, b, to, row, slot, 0, n_rows, seen=seen)
+                score_panel(q, kt, sums, s, b, to, row, r, slot, 0, n_rows, seen=seen)
             else:
                 for p in T.serial((seen + panel - 1) // panel):
                     at = T.meta_var(p * panel)
-                    score_panel(q, kt, s, b, to, row, slot + p, at, n_rows, seen=seen - at)
+                    score_panel(q, kt, sums, s, b, to, row, r, slot + p, at, n_rows, seen=seen - at)
             for i in T.serial(n_rows):
                 limit = T.meta_var(first_pos + row + i + 1 if causal else K)
                 vectors = T.meta_var((seen + L - 1) // L)
@@ -206,8 +207,11 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             else:
                 for p in T.serial(ceil_div(last_key, panel)):
                     pack_panel(k, kt, b, to, p, p, panel // L)
+        sums = T.alloc_buffer((SUMS, most_rows if summed else 1), "float32", scope="local")
         for r in T.serial(n_rows):
             start(peak, total, r)
+            if summed:
+                sum_query(q, sums, b, row0 + r, r)
         for p in T.serial(hide(ceil_div(last_key, span))):
             if span_by_span:
                 left = T.meta_var(hide(ceil_div(last_key, panel) - p * span_panels))
@@ -217,7 +221,23 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 row = T.meta_var(hide(tiles.start(first + t)))
                 r = T.meta_var(hide(row - row0))
                 tiles.emit(
-                    first + t, tile, q, kt, v, gate, out, s, o, peak, total, b, to, row, r, p * span
+                    first + t,
+                    tile,
+                    q,
+                    kt,
+                    v,
+                    gate,
+                    out,
+                    s,
+                    o,
+                    sums,
+                    peak,
+                    total,
+                    b,
+                    to,
+                    row,
+                    r,
+                    p * span,
                 )
         if not one_span:
             for r in T.serial(n_rows):
@@ -225,7 +245,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
 
     @T.inline
     def block_with_keys(q, k, v, gate, out, tiles, b, first, n_tiles, most_tiles):
-        kt = T.alloc_buffer((1, panels, W, panel), "float32")
+        kt = T.alloc_buffer((1, panels, rows, panel), "float32")
         block(q, k, kt, v, gate, out, tiles, b, 0, first, n_tiles, most_tiles * tile_q)
 
     @T.inline
@@ -248,7 +268,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
     @T.inline
     def shared(q, k, v, gate, out):
         count = T.meta_var(hide(panels))
-        kt = T.alloc_buffer((B, panels, W, panel), "float32")
+        kt = T.alloc_buffer((B, panels, rows, panel), "float32")
         tiles = T.meta_var(RowTiles(Q, tile_q))
         block_tiles = T.meta_var(hide(balanced_tiles(tiles.count, blocking.block_tiles, causal)))
         blocks = T.meta_var(hide(ceil_div(tiles.count, block_tiles)))
@@ -266,7 +286,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
 
     @T.inline
     def in_spans(q, k, v, gate, out):
-        kt = T.alloc_buffer((1, span_panels, W, panel), "float32")
+        kt = T.alloc_buffer((1, span_panels, rows, panel), "float32")
         tiles = T.meta_var(RowTiles(Q, tile_q))
         for b in T.serial(B):
             block(q, k, kt, v, gate, out, tiles, b, 0, 0, tiles.count, Q)

@@ -9,6 +9,26 @@ from tvm import tirx
 
 
 @dataclasses.dataclass(frozen=True)
+class Shortcut:
+    """A cheaper way to a score, where it does not cancel.
+
+    Parameters
+    ----------
+    accumulate : callable
+        ``(acc, q, k) -> acc`` for one component of the width.
+    score : callable
+        ``(acc, half) -> score``, where ``half`` is half the sum of all components of both vectors.
+    holds : callable
+        ``(score, magnitude) -> condition``: whether the score is good enough, where ``magnitude``
+        is the sum of the magnitudes of all components. False for NaN.
+    """
+
+    accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+    score: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+    holds: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
+
+
+@dataclasses.dataclass(frozen=True)
 class Scoring:
     """How an attention form scores a key and makes weights of scores.
 
@@ -29,6 +49,11 @@ class Scoring:
         Whether ``rescale`` can differ from 1.
     causal : bool
         Whether a query sees only keys up to its own position.
+    embeds : bool
+        Whether a query's component is read from memory by each instruction that needs it, see
+        `memory_operands.apart`; else once into a register, for all vectors of keys. Blocked only.
+    shortcut : Shortcut or None
+        Tried first; ``accumulate`` then makes the scores that it does not give. Blocked only.
     """
 
     accumulate: Callable[[tirx.PrimExpr, tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
@@ -37,3 +62,5 @@ class Scoring:
     weigh: Callable[..., None]
     rescales: bool
     causal: bool
+    embeds: bool = False
+    shortcut: Shortcut | None = None

@@ -6,6 +6,7 @@ import pytest
 
 from schedules.dense.naive import DenseSpec, dense
 from schedules.gated_attention.naive import gated_attention
+from schedules.laplace_attention.cpu import MAXIMUM
 from schedules.laplace_attention.naive import laplace_attention
 from tests.schedules.assembly import Loop, distance_loops, inner_loops, product_loops
 from tests.schedules.cases import attention_spec, sized
@@ -70,6 +71,14 @@ def _assert_distances(loops: list[Loop], *, bits: int) -> None:
         assert len(set(count)) == 1 and sum(count) == len(loop.arithmetic), str(loop)
 
 
+def _assert_embedded(loop: Loop) -> None:
+    """Check that queries are operands in memory: what else is broadcast is a constant."""
+    subtractions = [i for i in loop.body if i.opcode == "vsubps"]
+    assert all(i.memory and "{1to" in i.memory for i in subtractions), str(loop)
+    broadcasts = [i for i in loop.body if "broadcast" in i.opcode]
+    assert all("%rip" in str(i.memory) for i in broadcasts), str(loop)
+
+
 # |q - k| by a subtraction and a mask; half of it is added by an FMA.
 _DISTANCE = ("vsubps", "vand", "vfmadd")
 
@@ -91,10 +100,29 @@ def test_blocked_attention(mcpu, laplace, B, T, W, V) -> None:
     products = product_loops(text)
     _assert_products(products, bits=BITS[mcpu])
     if laplace:
-        _assert_distances(distance_loops(text), bits=BITS[mcpu])
+        distances = distance_loops(text)
+        _assert_distances(distances, bits=BITS[mcpu])
+        if mcpu == "x86-64-v4":
+            for loop in distances:
+                _assert_embedded(loop)
     else:
         full = [loop for loop in products if loop.vector_bits == BITS[mcpu]]
         assert len(full) >= 2, "scores and weighted values are two products"
+
+
+@MCPU
+@sized("B T W V", [(1, 1024, 256, 256), ("batch", "seq_len", 256, 256)])
+def test_distances_of_maxima(mcpu, B, T, W, V) -> None:
+    spec = attention_spec(True, B, T, T, W, V)
+    text = assembly(laplace_attention(spec), cpu_target(mcpu), l1_form=MAXIMUM)
+    loops = [loop for loop in product_loops(text) if "vmaxps" in loop.opcodes()]
+    assert loops, "no loop sums maxima"
+    _assert_clean(loops, bits=BITS[mcpu], density=0.5)
+    for loop in loops:
+        maxima = [i for i in loop.body if i.opcode == "vmaxps"]
+        assert len(maxima) == loop.fma_count == len(loop.arithmetic) / 2, str(loop)
+        if mcpu == "x86-64-v4":
+            assert all(i.memory and "{1to" in i.memory for i in maxima), str(loop)
 
 
 @MCPU

@@ -10,10 +10,12 @@ from mega_tvm.tuning.space import Space
 from schedules.common.attention import AttentionSpec
 from schedules.common.attention_blocks import TRANSPOSITION, balanced_tiles, split_tiles
 from schedules.gated_attention.naive import gated_attention
+from schedules.laplace_attention.cpu import DIFFERENCE, MAXIMUM
 from schedules.laplace_attention.naive import laplace_attention
 from tests.schedules.cases import attention_case, attention_spec, sized
 from tests.schedules.harness import Kernel, cpu_target, run_naive, run_scheduled, scheduled
 
+L1_FORM = pytest.mark.parametrize("l1_form", [DIFFERENCE, MAXIMUM], ids=["difference", "maximum"])
 LAPLACE = pytest.mark.parametrize("laplace", [False, True], ids=["softmax", "laplace"])
 
 
@@ -131,6 +133,32 @@ def test_extreme_scores(rng, target, Q) -> None:
     _check(rng, target, spec, q, k)
 
 
+@sized(
+    "B Q K W V",
+    [
+        (1, 2, 2, 1, 1),
+        (3, 7, 7, 13, 3),
+        (2, 59, 59, 100, 103),
+        (1, 257, 257, 13, 17),
+        (2, 7, 131, 40, 16),
+    ],
+)
+def test_distances_of_maxima(rng, target, B, Q, K, W, V) -> None:
+    _check(rng, target, attention_spec(True, B, Q, K, W, V, merged=Q == K), l1_form=MAXIMUM)
+
+
+@L1_FORM
+@pytest.mark.parametrize("span_panels", [1, 2], ids="span{}".format)
+def test_distances_of_any_decisions(rng, target, l1_form, span_panels) -> None:
+    spec = attention_spec(True, 1, 300, 300, 13, 21)
+    sizes = {"tile_q": 3, "panel_vectors": 2, "span_panels": span_panels, "block_q": 24}
+    _check(rng, target, spec, l1_form=l1_form, **sizes)
+
+
+def _forms(Q: int) -> list[dict[str, int]]:
+    return [{}] if Q == 1 else [{"l1_form": DIFFERENCE}, {"l1_form": MAXIMUM}]
+
+
 @pytest.mark.parametrize("Q", [59, 1], ids="Q{}".format)
 def test_equal_vectors_have_distance_zero(rng, target, Q) -> None:
     """Weights are then exactly equal, and the output is the mean of the values."""
@@ -139,17 +167,63 @@ def test_equal_vectors_have_distance_zero(rng, target, Q) -> None:
     q, k = np.repeat(vector, Q, axis=1), np.repeat(vector, 59, axis=1)
     case = attention_case(rng, spec, q, k)
     assert_parity(case.expected[0, 0], case.inputs[2][0].mean(axis=0, dtype=np.float64))
-    _check(rng, target, spec, q, k)
+    for form in _forms(Q):
+        _check(rng, target, spec, q, k, **form)
+
+
+def _near(rng: np.random.Generator, n: int) -> np.ndarray:
+    centre = 100 + np.random.default_rng(1).standard_normal((1, 1, 40))
+    return (centre + 1e-3 * rng.standard_normal((1, n, 40))).astype(np.float32)
 
 
 @pytest.mark.parametrize("Q", [59, 1], ids="Q{}".format)
 def test_near_equal_vectors(rng, target, Q) -> None:
     """|q - k| far below |q|: the sum of maxima would cancel."""
     spec = attention_spec(True, 1, Q, 59, 40)
-    centre = 100 + rng.standard_normal((1, 1, 40))
-    q = (centre + 1e-3 * rng.standard_normal((1, Q, 40))).astype(np.float32)
-    k = (centre + 1e-3 * rng.standard_normal((1, 59, 40))).astype(np.float32)
-    _check(rng, target, spec, q, k)
+    q, k = _near(rng, Q), _near(rng, 59)
+    for form in _forms(Q):
+        _check(rng, target, spec, q, k, **form)
+
+
+def _run_forms(rng, target, spec, q, k, *forms: dict[str, int]) -> list[np.ndarray]:
+    case = attention_case(rng, spec, q, k)
+    shape = case.expected.shape
+    return [run_scheduled(case.func, target, case.inputs, shape, **form) for form in forms]
+
+
+def test_near_vectors_get_the_bits_of_differences(rng, target) -> None:
+    """Where no score of maxima is kept, none is different; where some are, all are right."""
+    normal = (rng.standard_normal((1, 59, 40), dtype=np.float32) for _ in range(2))
+    spec = attention_spec(True, 1, 59, 59, 40)
+    difference, maximum = _run_forms(rng, target, spec, *normal, *_forms(59))
+    assert not np.array_equal(maximum, difference), "no score of maxima was kept"
+    q, k = _near(rng, 59), _near(rng, 59)
+    difference, maximum = _run_forms(rng, target, spec, q, k, *_forms(59))
+    np.testing.assert_array_equal(maximum, difference)
+    q[:, ::3], k[:, 1::3] = (rng.standard_normal((1, 20, 40), dtype=np.float32) for _ in range(2))
+    _check(rng, target, spec, q, k, l1_form=MAXIMUM)
+
+
+def test_a_score_of_maxima_does_not_depend_on_its_tile(rng, target) -> None:
+    """Whether it is kept is its own matter: other tiles give the same bits."""
+    spec = attention_spec(True, 1, 59, 59, 40)
+    q, k = _near(rng, 59), _near(rng, 59)
+    k[:, ::7] = rng.standard_normal((1, 9, 40), dtype=np.float32)
+    sizes = [{"tile_q": 6, "panel_vectors": 4}, {"tile_q": 5, "panel_vectors": 2}]
+    forms = [{"l1_form": MAXIMUM, "span_panels": 8, **size} for size in sizes]
+    first, second = _run_forms(rng, target, spec, q, k, *forms)
+    np.testing.assert_array_equal(first, second)
+
+
+@L1_FORM
+def test_distances_keep_nan_and_infinity(rng, target, l1_form) -> None:
+    """A NaN in a query is its row's; an infinite component gives weight 0, and no NaN."""
+    spec = attention_spec(True, 1, 59, 59, 40)
+    q, k = (rng.standard_normal((1, 59, 40), dtype=np.float32) for _ in range(2))
+    q[0, 5, 7], k[0, 11, 3] = np.nan, np.inf
+    (y,) = _run_forms(rng, target, spec, q, k, {"l1_form": l1_form})
+    assert np.isnan(y[0, 5]).all()
+    assert np.isfinite(np.delete(y[0], 5, axis=0)).all()
 
 
 def test_future_keys_do_not_matter(rng, target) -> None:

@@ -7,16 +7,19 @@ import dataclasses
 import pytest
 
 from mega_tvm.bench import ceilings
-from mega_tvm.tuning import limits
+from mega_tvm.tuning import distance_rate, limits
 from mega_tvm.tuning.limits import Limits, Work, bound, work_of
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
+from schedules.laplace_attention.cpu import DIFFERENCE, L1_FORMS, MAXIMUM
 from schedules.layer_norm.naive import LayerNormSpec
+from tests.schedules.assembly import inner_loops
 from tests.schedules.cases import attention_spec
+from tests.schedules.harness import LEVELS, assembly_of, compiled, cpu_target
 
 
-def _work(op: str, spec: object) -> Work:
-    found = work_of(op, dataclasses.asdict(spec), 16)
+def _work(op: str, spec: object, **decisions: int) -> Work:
+    found = work_of(op, dataclasses.asdict(spec), 16, decisions)
     assert found is not None
     return found
 
@@ -37,10 +40,14 @@ def test_attention_counts_whole_vectors_of_seen_keys() -> None:
     scored, shuffles = 16 + 2, 17 * 32 / 16 * 4
     expected = scored * (32 + limits.EXP) + 17 * 18 / 2 * 2 + 17 * 2 + shuffles
     assert _work("gated_attention", spec).vectors == expected
-    every = _work("laplace_attention", attention_spec(True, 1, 17, 17, 32))
-    assert every.vectors == 34 * (32 + limits.EXP) + 17 * 17 * 2 + 17 * 2 + shuffles
+    every = _work("laplace_attention", attention_spec(True, 1, 17, 17, 32), l1_form=MAXIMUM)
+    assert every.vectors == 34 * limits.LAPLACE + 17 * 17 * 2 + 17 * 2 + shuffles
+    assert (every.distances, every.l1_form) == (34 * 32, MAXIMUM)
     row = _work("gated_attention", attention_spec(False, 2, 1, 17, 32))
-    assert row.vectors == 2 * 17 * (64 + limits.EXP) / 16
+    assert row.vectors == pytest.approx(2 * 17 * (64 + limits.EXP) / 16)
+    distant = _work("laplace_attention", attention_spec(True, 2, 1, 17, 32))
+    assert distant.vectors == pytest.approx(2 * 17 * (32 + limits.LAPLACE) / 16)
+    assert (distant.distances, distant.l1_form) == (2 * 17 * 32 / 16, DIFFERENCE)
 
 
 def test_layer_norm_and_scan_count_products_and_bytes() -> None:
@@ -55,14 +62,33 @@ def test_layer_norm_and_scan_count_products_and_bytes() -> None:
     ("work", "seconds", "name"),
     [
         (Work(vectors=1e9, activations=1.0, weights=1.0), 0.32, "FMA"),
+        (Work(vectors=1e9, distances=1e9), 0.82, "FMA"),
+        (Work(vectors=1e9, distances=1e9, l1_form=MAXIMUM), 0.57, "FMA"),
         (Work(vectors=1.0, activations=1e9, weights=1e9), 0.05, "weights"),
         (Work(vectors=1.0, activations=1e9, weights=1e6), 0.01, "copy"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_the_largest_of_three_bounds_a_kernel(work: Work, seconds: float, name: str) -> None:
-    found = bound(work, Limits(lanes=16, fma_gflops=100, copy_gb_per_s=100, read_gb_per_s=20))
+    rates = Limits(
+        lanes=16, fma_gflops=100, distances=(2.0, 4.0), copy_gb_per_s=100, read_gb_per_s=20
+    )
+    found = bound(work, rates)
     assert found == (pytest.approx(seconds), name)
+
+
+@pytest.mark.parametrize("mcpu", list(LEVELS))
+def test_distances_add_up_in_registers(mcpu: str) -> None:
+    """The rate is that of what a distance takes, and of nothing else."""
+    target = cpu_target(mcpu)
+    for form, accumulate in enumerate(L1_FORMS):
+        func = distance_rate.distance_kernel(1, target, accumulate)
+        loops = [
+            loop for loop in inner_loops(assembly_of(compiled(func, target))) if loop.fma_count
+        ]
+        (loop,) = loops
+        assert not loop.faults() and not loop.reloads(), str(loop)
+        assert len(loop.arithmetic) == (2 if form == MAXIMUM else 3) * loop.fma_count, str(loop)
 
 
 def test_kernels_without_a_model_have_no_ceiling() -> None:
@@ -72,7 +98,9 @@ def test_kernels_without_a_model_have_no_ceiling() -> None:
 def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "FMA_STEPS", 1000)
     monkeypatch.setattr(limits, "COLD_BYTES", 1 << 20)
+    monkeypatch.setattr(distance_rate, "PASSES", 2)
     found = limits.measure_limits(1)
+    assert len(found.distances) == 2 and min(found.distances) > 0.01
     assert found.fma_gflops > 1 and found.copy_gb_per_s > 0.1 and found.read_gb_per_s > 0.1
 
 

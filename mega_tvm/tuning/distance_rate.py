@@ -1,0 +1,79 @@
+"""How fast L1 distances add up, beside FMAs: they need other units too.
+
+A step of ``|q - k|`` is three instructions, of a maximum two. How many of them run in the time of
+an FMA differs from CPU to CPU: additions have units of their own (Zen 4), or share those of FMAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.target import Target
+
+from schedules.common.cpu_features import vector_unit
+from schedules.common.memory_operands import apart
+from schedules.laplace_attention.cpu import L1_FORMS
+
+from ..bench.ceilings import agreed, build
+
+# Components of a query, which stay in L1, and how often they are gone through.
+WIDTH, PASSES = 256, 100
+
+Accumulate = Callable[[Any, Any, Any], Any]
+
+
+def distance_kernel(threads: int, target: Target, accumulate: Accumulate) -> tirx.PrimFunc:
+    """Return a PrimFunc ``(q, k, out)`` of a register tile's distances to keys in registers."""
+    unit = vector_unit(target)
+    L, embeds = unit.lanes, unit.registers == 32
+    rows, vectors = (6, 4) if embeds else (5, 2)
+
+    @T.prim_func(s_tir=True)
+    def distances(
+        q: T.Buffer((rows, WIDTH), "float32"),
+        k: T.Buffer((vectors * L,), "float32"),
+        out: T.Buffer((threads, rows, vectors * L), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "distances"})
+        for t in T.parallel(threads):
+            acc = T.alloc_buffer((rows, vectors * L), "float32", scope="local")
+            again = T.meta_var(apart(vectors) if embeds else None)
+            for i in T.unroll(rows):
+                for j in T.unroll(vectors):
+                    for lane in T.vectorized(L):
+                        acc[i, j * L + lane] = T.float32(0)
+            for _ in T.serial(PASSES):
+                for d in T.serial(WIDTH):
+                    for i in T.unroll(rows):
+                        for j in T.unroll(vectors):
+                            at = T.meta_var(d + again[j] if embeds else d)
+                            for lane in T.vectorized(L):
+                                acc[i, j * L + lane] = accumulate(
+                                    acc[i, j * L + lane], q[i, at], k[j * L + lane]
+                                )
+            for i in T.unroll(rows):
+                for j in T.unroll(vectors):
+                    for lane in T.vectorized(L):
+                        out[t, i, j * L + lane] = acc[i, j * L + lane]
+
+    return distances
+
+
+def measure_distances(target: Target, threads: int) -> tuple[float, ...]:
+    """Return the vectors a second, in billions, of each ``l1_form``."""
+    return tuple(_rate(target, threads, accumulate) for accumulate in L1_FORMS)
+
+
+def _rate(target: Target, threads: int, accumulate: Accumulate) -> float:
+    func = distance_kernel(threads, target, accumulate)
+    shapes = [tuple(map(int, param.shape)) for param in func.params]
+    arguments: list[Any] = [tvm.runtime.tensor(np.zeros(shape, np.float32)) for shape in shapes]
+    timer = build(func, target).jit().time_evaluator("distances", tvm.cpu(), number=1, repeat=5)
+    seconds = agreed(lambda: float(min(timer(*arguments).results)))
+    vectors = np.prod(shapes[-1]) / vector_unit(target).lanes * WIDTH * PASSES
+    return float(vectors / seconds / 1e9)
