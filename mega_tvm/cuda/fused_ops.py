@@ -44,6 +44,7 @@ def normed_dense(dense: relax.Call, norm: relax.Call) -> relax.Call:
     attrs = dict_attrs(
         swiglu=int(dense.attrs["swiglu"]),
         sigmoid_from=int(dense.attrs["sigmoid_from"]),
+        paired=int(dense.attrs["paired"]),
         eps=tvm.tirx.FloatImm("float64", float(norm.attrs["eps"])),
         clamp_variance=int(norm.attrs["clamp_variance"]),
     )
