@@ -13,6 +13,9 @@
    lines of the tile's output and residual are fetched as it starts: many rows have them in L3
    (32 x 60 rows: 1.5% faster at k = 256, 11% at k = 16; a few rows: no difference).
 5. Bias starts the accumulators; residual, sigmoid or SwiGLU are applied to them on the way out.
+6. Where weights are scaled for it, which is done on cores whose additions run beside their FMAs,
+   tiles of many rows multiply in pairs (`pairs`, `paired_kernel`). Kernels of few rows, and of rows
+   that only a call brings, multiply the same weights plainly; their bias comes last.
 
 Rows that no tile divides get tiles of two heights (`RowTiles`); columns that no panel divides get a
 narrower panel; columns that no vector divides are stored by a shorter vector. Nothing is computed
