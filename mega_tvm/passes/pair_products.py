@@ -12,9 +12,7 @@ magnitude. So do small layers, which are done before their rows are prepared.
 
 from __future__ import annotations
 
-import numpy as np
 from tvm import relax
-from tvm.ir.expr import GenericConst
 
 from schedules.dense.pairs import scaled_columns
 
@@ -37,12 +35,12 @@ def _is_input(graph: Graph, value: relax.Expr) -> bool:
 def _rule() -> Rule:
     def rule(site: Site) -> relax.Expr | None:
         call = site.call
-        if not is_op(call, "mega.dense") or call.attrs["paired"]:
+        if not is_op(call, "mega.dense"):
             return None
         x, w, b, *residual = call.args
         if min(shape_of(w)) < LEAST_SIZE or _is_input(site.graph, x):
             return None
-        weights, rows = scaled_columns(_float32(w), _float32(b))
+        weights, rows = scaled_columns(w.value.numpy(), b.value.numpy())
         return dense(
             x,
             to_constant(weights),
@@ -54,10 +52,6 @@ def _rule() -> Rule:
         )
 
     return rule
-
-
-def _float32(constant: GenericConst) -> np.ndarray:
-    return np.asarray(constant.value.numpy(), dtype=np.float32)
 
 
 pair_products = graph_pass("pair_products", _rule)

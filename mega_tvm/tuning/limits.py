@@ -25,6 +25,7 @@ import numpy as np
 import tvm
 
 from schedules.common.cpu_features import vector_unit
+from schedules.dense.cpu import paired_rows
 from schedules.dense.pairs import GROUP
 
 from ..bench.ceilings import (
@@ -132,7 +133,7 @@ def _dense(spec: Mapping[str, Any], lanes: int) -> Work:
     if 0 <= spec["sigmoid_from"] < n:
         activated = SIGMOID * (n - spec["sigmoid_from"])
     # Of 6 multiply-adds in pairs 4 are left to the FMA units, and as many additions beside them.
-    products = k * n * (1 - 1 / GROUP if spec["paired"] and rows > 1 else 1)
+    products = k * n * (1 - 1 / GROUP if spec["paired"] and paired_rows(rows) else 1)
     return Work(
         vectors=rows * (products + activated) / lanes,
         activations=4.0 * rows * (k + out_n * (2 if spec["residual"] else 1)),

@@ -191,22 +191,18 @@ class Loaded:
         self._module, self._device, self._operands = module, device, operands
         self._calls, self._runs = candidate.calls, candidate.runs
         output = np.full(operands.expected.shape, np.nan, np.dtype(operands.dtypes[-1]))
-        self._arguments = [tvm.runtime.tensor(a, device) for a in (*candidate.arguments, output)]
-
-    def _move_tensors(self, tensors: npt.NDArray[Any]) -> None:
-        """Put the weights on huge pages, where a loaded model has them."""
-        memory = np.frombuffer(reserve(tensors.nbytes), np.uint8)
-        memory[:] = tensors
-        self._arguments[-2] = tvm_ffi.from_dlpack(memory)
+        *plain, weights = candidate.arguments
+        self._arguments = [
+            *(tvm.runtime.tensor(a, device) for a in plain),
+            _on_huge_pages(weights) if device == tvm.cpu() else tvm.runtime.tensor(weights, device),
+            tvm.runtime.tensor(output, device),
+        ]
 
     @classmethod
     def here(cls, candidate: Candidate, operands: Operands) -> Loaded:
         """Load a candidate into this process."""
         device = tvm.cuda() if candidate.on_gpu else tvm.cpu()
-        loaded = cls(candidate, operands, candidate.executable.jit(), device)
-        if not candidate.on_gpu:
-            loaded._move_tensors(candidate.arguments[-1])
-        return loaded
+        return cls(candidate, operands, candidate.executable.jit(), device)
 
     @classmethod
     def there(cls, candidate: Candidate, operands: Operands, session: Any, library: Path) -> Loaded:
@@ -245,6 +241,13 @@ class Loaded:
         """Check, then time for about ``budget_s``; return seconds a call."""
         once = self.check()
         return self.time(int(min(MOST_REPEATS, max(LEAST_REPEATS, budget_s / once))))
+
+
+def _on_huge_pages(weights: npt.NDArray[Any]) -> Any:
+    """Return the bytes of all weights where a loaded model has them."""
+    memory = np.frombuffer(reserve(weights.nbytes), np.uint8)
+    memory[:] = weights
+    return tvm_ffi.from_dlpack(memory)
 
 
 def paired_times(
