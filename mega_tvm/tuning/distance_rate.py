@@ -17,6 +17,7 @@ from tvm.target import Target
 
 from schedules.common.cpu_features import vector_unit
 from schedules.common.memory_operands import apart
+from schedules.common.reduce import clear
 from schedules.laplace_attention.cpu import L1_FORMS
 
 from ..bench.ceilings import agreed, build
@@ -43,10 +44,7 @@ def distance_kernel(threads: int, target: Target, accumulate: Accumulate) -> tir
         for t in T.parallel(threads):
             acc = T.alloc_buffer((rows, vectors * L), "float32", scope="local")
             again = T.meta_var(apart(vectors) if embeds else None)
-            for i in T.unroll(rows):
-                for j in T.unroll(vectors):
-                    for lane in T.vectorized(L):
-                        acc[i, j * L + lane] = T.float32(0)
+            clear(acc, rows, vectors, L)
             for _ in T.serial(PASSES):
                 for d in T.serial(WIDTH):
                     for i in T.unroll(rows):

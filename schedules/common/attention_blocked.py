@@ -35,6 +35,7 @@ from .attention_scores import SUMS, key_summer, panel_rows, query_summer, tile_s
 from .attention_scoring import Scoring
 from .attention_tiles import Blocking
 from .dims import DimVars, ceil_div
+from .reduce import clear
 from .row_tiles import RowTiles, opaque
 
 
@@ -96,10 +97,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
         # A span is summed by itself first: one chain of additions over all keys would round like
         # one.
         acc = T.alloc_buffer((n_rows, n), "float32", scope="local")
-        for i in T.unroll(n_rows):
-            for j in T.unroll(n // step):
-                for lane in T.vectorized(step):
-                    acc[i, j * step + lane] = T.float32(0)
+        clear(acc, n_rows, n // step, step)
         # On the diagonal each of the last keys is seen by one row less.
         diagonal = T.meta_var(n_rows - 1 if causal and one_span else 0)
         for key in T.serial(n_keys - diagonal):

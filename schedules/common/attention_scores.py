@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from .attention import AttentionSpec
 from .attention_scoring import Scoring
 from .memory_operands import apart
-from .reduce import fold_sum
+from .reduce import clear, fold_sum
 
 HALF_SUM, MAGNITUDE = 0, 1
 SUMS = 2
@@ -36,17 +36,10 @@ def tile_scorer(spec: AttentionSpec, scoring: Scoring, L: int) -> Callable[..., 
     W, q_off = spec.width, spec.q_offset
     shortcut = scoring.shortcut
 
-    @T.inline
-    def start(acc, n_rows, vectors):
-        for i in T.unroll(n_rows):
-            for j in T.unroll(vectors):
-                for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = T.float32(0)
-
     def add_up(accumulate: Callable[..., tirx.PrimExpr]) -> Callable[..., None]:
         @T.inline
         def added(q, kt, acc, b, to, row, p, n_rows, vectors):
-            start(acc, n_rows, vectors)
+            clear(acc, n_rows, vectors, L)
             again = T.meta_var(apart(vectors) if scoring.embeds else None)
             for d in T.serial(W):
                 for i in T.unroll(n_rows):
@@ -82,8 +75,7 @@ def tile_scorer(spec: AttentionSpec, scoring: Scoring, L: int) -> Callable[..., 
         # left[0, 0]: how many scores the shortcut does not give
         acc = T.alloc_buffer((n_rows, vectors * L), "float32", scope="local")
         sum_up_quickly(q, kt, acc, b, to, row, p, n_rows, vectors)
-        for lane in T.vectorized(L):
-            left[0, lane] = T.float32(0)
+        clear(left, 1, 1, L)
         for i in T.unroll(n_rows):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
@@ -136,10 +128,7 @@ def key_summer(spec: AttentionSpec, vectors: int, L: int) -> Callable[..., None]
     @T.inline
     def sum_keys(kt, to, slot):
         acc = T.alloc_buffer((SUMS, vectors * L), "float32", scope="local")
-        for i in T.unroll(SUMS):
-            for j in T.unroll(vectors):
-                for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = T.float32(0)
+        clear(acc, SUMS, vectors, L)
         for d in T.serial(W):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
@@ -173,9 +162,7 @@ def query_summer(spec: AttentionSpec, lanes: int) -> Callable[..., None]:
     @T.inline
     def sum_query(q, sums, b, row, r):
         acc = T.alloc_buffer((SUMS, lanes), "float32", scope="local")
-        for i in T.unroll(SUMS):
-            for lane in T.vectorized(lanes):
-                acc[i, lane] = T.float32(0)
+        clear(acc, SUMS, 1, lanes)
         for c in T.serial(W // lanes):
             add(q, acc, b, row, c * lanes, lanes)
         if rest > 0:

@@ -7,6 +7,15 @@ from tvm.script import tirx as T
 
 
 @T.inline
+def clear(sums, rows, vectors, lanes):
+    """Start the sums of a local buffer: ``rows`` rows of so many vectors."""
+    for i in T.unroll(rows):
+        for j in T.unroll(vectors):
+            for lane in T.vectorized(lanes):
+                sums[i, j * lanes + lane] = T.float32(0)
+
+
+@T.inline
 def _add_halves(buffer, row, half):
     for lane in T.vectorized(half):
         buffer[row, lane] = buffer[row, lane] + buffer[row, half + lane]

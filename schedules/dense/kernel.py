@@ -14,6 +14,7 @@ from ..common.row_tiles import RowTiles, opaque
 from .naive import dense_prim_func
 from .outputs import fetching, storing
 from .packing import PanelLayout
+from .panels import emit_panel
 
 LINE = 16  # float32 of a cache line
 
@@ -91,16 +92,13 @@ def dense_kernel(layout: PanelLayout, blocking: Blocking) -> tirx.PrimFunc:
         store(acc, b, residual, y, m, panel * width, tile_rows, vectors)
 
     @T.inline
+    def panel_tile(x, w, b, residual, y, m, t, ahead, tile_rows, panel, panel_width):
+        # Behind the narrow panel, the last one, nothing is fetched.
+        fetched = T.meta_var(ahead if panel_width == width else 0)
+        tile(x, w, b, residual, y, m, panel, t, fetched, tile_rows, panel_width // L, 1)
+
     def panel_rows(x, w, b, residual, y, m, panel, t, ahead, tile_rows):
-        if tail_width == 0:
-            tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, width // L, 1)
-        elif full_panels == 0:
-            tile(x, w, b, residual, y, m, 0, t, 0, tile_rows, tail_width // L, 1)
-        else:
-            if panel < full_panels:
-                tile(x, w, b, residual, y, m, panel, t, ahead, tile_rows, width // L, 1)
-            else:
-                tile(x, w, b, residual, y, m, full_panels, t, 0, tile_rows, tail_width // L, 1)
+        emit_panel(layout, panel, panel_tile, x, w, b, residual, y, m, t, ahead, tile_rows)
 
     @T.inline
     def few_rows(x, w, b, residual, y, tile_rows):

@@ -23,6 +23,7 @@ from .naive import dense_prim_func
 from .outputs import fetching, storing
 from .packing import PanelLayout
 from .pairs import GROUP, TILE_VECTORS, multiplying, preparing
+from .panels import emit_panel
 
 # From so many blocks on a thread gets whole blocks, and prepares the rows of each by itself: they
 # stay in its L2.
@@ -56,7 +57,7 @@ def paired_kernel(
     """
     spec, L, width, padded_n = layout.spec, layout.lanes, layout.width, layout.padded_n
     M, K, tile_width = known_rows(spec.lead), spec.k, TILE_VECTORS * layout.lanes
-    panels, full_panels, tail_width = layout.panels, layout.full_panels, layout.tail_width
+    panels = layout.panels
     tiles = RowTiles(M, tile_rows)
     blocks = ceil_div(tiles.count, max(1, block_m // tile_rows))
     block_rows = ceil_div(tiles.count, blocks) * tiles.heights[0]
@@ -87,14 +88,11 @@ def paired_kernel(
         # the c-th vectors of a panel
         acc = T.alloc_buffer((height, vectors * L), "float32", scope="local")
         zeros = T.alloc_buffer((L,), "float32", scope="local")
-        offsets = T.alloc_buffer((TILE_VECTORS,), "int32", scope="local")
         first = T.meta_var(panel * width + c * tile_width)
         base = T.meta_var(panel * (width * K) + c * tile_width)
         fetch = T.meta_var(next_lines(to.w, panel, t, c, fetched))
         for lane in T.vectorized(L):
             zeros[lane] = to.b[3 * padded_n + lane]
-        for j in T.unroll(vectors):
-            offsets[j] = T.reinterpret("int32", to.b[3 * padded_n + j])
         for i in T.unroll(height):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
@@ -102,7 +100,7 @@ def paired_kernel(
                     acc[i, j * L + lane] = terms + to.factors[r + i, 1]
         if prefetch > 0:
             fetch_outputs(to.residual, to.y, m, first, height, vectors)
-        multiply(acc, to.rows, to.w, zeros, offsets, r, base, panel_width, fetch, height, vectors)
+        multiply(acc, to.rows, to.w, zeros, r, base, panel_width, fetch, height, vectors)
         for i in T.unroll(height):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
@@ -110,7 +108,9 @@ def paired_kernel(
         store(acc, to.b, to.residual, to.y, m, first, height, vectors)
 
     @T.inline
-    def columns(to, m, r, panel, panel_width, t, fetched, height):
+    def columns(to, m, r, t, height, panel, panel_width):
+        # Behind the narrow panel, the last one, nothing is fetched.
+        fetched = T.meta_var(ahead if panel_width == width else 0)
         whole = T.meta_var(panel_width // tile_width)
         left = T.meta_var(panel_width % tile_width // L)
         for c in T.serial(whole):
@@ -118,17 +118,8 @@ def paired_kernel(
         if left > 0:
             tile(to, m, r, panel, panel_width, t, whole, fetched, height, left)
 
-    @T.inline
     def panel_rows(to, m, r, panel, t, height):
-        if tail_width == 0:
-            columns(to, m, r, panel, width, t, ahead, height)
-        elif full_panels == 0:
-            columns(to, m, r, 0, tail_width, t, 0, height)
-        else:
-            if panel < full_panels:
-                columns(to, m, r, panel, width, t, ahead, height)
-            else:
-                columns(to, m, r, full_panels, tail_width, t, 0, height)
+        emit_panel(layout, panel, columns, to, m, r, t, height)
 
     @T.inline
     def block_tiles(to, block, above, panel):

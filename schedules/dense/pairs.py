@@ -28,11 +28,9 @@ plain one's by norms, ``k u |x| |w|``. Measured on normal random data, 60 rows: 
 of its row, and its weights are zero, a plain product is exact where this one is not. So a layer
 that reads the model's input, in units of the user's, is never multiplied in pairs.
 
-**Code.** The broadcast elements of x must be operands in memory: a load into a register would take
-a slot of the units (Zen 4: half a cycle), an operand takes none. LLVM makes it an operand where it
-has a single use, and here each vector of the tile uses it. So the second vector reads x at an
-offset that is zero, and that LLVM cannot know: it comes with the bias. And FMAs are masked by a
-mask of ones that LLVM does not know either: a masked FMA is written in place, where LLVM would
+**Code.** The elements of x are operands in memory (`memory_operands.apart`): a broadcast into a
+register would take a slot of the units that are full. And FMAs are masked by a mask of ones that
+LLVM does not know, since it comes with the bias: a masked FMA is written in place, where LLVM would
 write over a factor, and move each accumulator to another register (12 x 2 accumulators: 110 GFLOP/s
 with spills; 10 x 2 with masks: 172, at an FMA peak of 118).
 """
@@ -47,7 +45,8 @@ import numpy.typing as npt
 from tvm.script import tirx as T
 
 from ..common.dims import ceil_div
-from ..common.reduce import fold_sum
+from ..common.memory_operands import apart
+from ..common.reduce import clear, fold_sum
 
 Array = npt.NDArray[Any]
 LANES = 16  # AVX-512: AVX2 has neither operands that are broadcast nor masks
@@ -105,9 +104,7 @@ def preparing(k: int, lanes: int) -> Callable[..., None]:
     def prepare(x, rows, factors, m, r):
         total = T.alloc_buffer((2, lanes), "float32", scope="local")  # squares, and terms
         scale = T.alloc_buffer((1,), "float32", scope="local")
-        for i in T.unroll(2):
-            for lane in T.vectorized(lanes):
-                total[i, lane] = T.float32(0)
+        clear(total, 2, 1, lanes)
         for c in T.serial(k // lanes):
             add(x, total, 0, m, c * lanes, c * lanes, None, 0)
         if k % lanes > 0:
@@ -134,12 +131,11 @@ def preparing(k: int, lanes: int) -> Callable[..., None]:
 
 
 def multiplying(k: int, lanes: int) -> Callable[..., None]:
-    """Return the inline ``(acc, rows, w, zeros, offsets, r, base, width, fetch, height, vectors)``.
+    """Return the inline ``(acc, rows, w, zeros, r, base, width, fetch, height, vectors)``.
 
     It adds the products of ``height`` rows from ``r`` and of ``vectors`` vectors of a panel of
     ``width`` columns, whose first element stands at ``base``, to ``acc``. ``zeros`` is a vector of
-    zeros, ``offsets`` one for each vector, which LLVM does not know; ``fetch(step)`` is called once
-    for two groups.
+    zeros that LLVM does not know; ``fetch(step)`` is called once for two groups.
     """
     pairs = k // GROUP
 
@@ -173,7 +169,8 @@ def multiplying(k: int, lanes: int) -> Callable[..., None]:
                     )
 
     @T.inline
-    def multiply(acc, rows, w, zeros, offsets, r, base, width, fetch, height, vectors):
+    def multiply(acc, rows, w, zeros, r, base, width, fetch, height, vectors):
+        offsets = T.meta_var(apart(vectors))
         for step in T.serial(pairs // 2):
             fetch(step)
             group(acc, rows, w, zeros, offsets, r, base, width, 2 * step, True, height, vectors)
