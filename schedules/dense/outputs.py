@@ -24,6 +24,7 @@ def storing(layout: PanelLayout) -> Callable[..., None]:
     has_residual, has_sigmoid = spec.residual, 0 <= sigmoid_from < spec.n
     step = vectors_of_output(layout)
     ragged = out_n % L  # columns of the last, partly filled output vector
+    mixed = sigmoid_from % L > 0  # a vector of which some columns have a sigmoid
 
     def sum_of(acc: Any, b: Any, i: Any, at: Any, first: Any) -> Any:
         # The bias of scaled weights is not scaled: it comes last, and starts no accumulator.
@@ -35,9 +36,10 @@ def storing(layout: PanelLayout) -> Callable[..., None]:
         value = sum_of(acc, b, i, at, first)
         if swiglu:
             return silu(value) * sum_of(acc, b, i, at + L, first)
-        if activate:
-            return T.Select(col >= sigmoid_from, sigmoid(value), value)
-        return value
+        if not activate:
+            return value
+        # Of a vector that begins with columns of a sigmoid all have one.
+        return T.Select(col >= sigmoid_from, sigmoid(value), value) if mixed else sigmoid(value)
 
     @T.inline
     def store_vector(acc, b, residual, y, m, i, j, first, n, activate):

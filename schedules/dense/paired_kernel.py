@@ -69,28 +69,36 @@ def paired_kernel(
     sharing = tiles.count // blocks
     ahead = ceil_div(lines, sharing * loops) if prefetch and loops and sharing > 1 else 0
 
-    def next_lines(w: Any, panel: Any, t: Any, c: Any, fetched: int) -> Callable[..., None]:
-        """Return the inline ``(step)``: fetch ``fetched`` lines."""
+    def next_lines(w: Any, base: Any, panel_width: int, t: Any, c: Any) -> Callable[..., None]:
+        """Return the inline ``(step)``: fetch ``ahead`` lines, from behind a panel on."""
 
         @T.inline
         def fetch(step):
             # The last lines again, where the loops are more than the lines.
             loop = T.meta_var(t * loops + c * steps + step)
-            line = T.meta_var(T.min(loop * fetched, lines - fetched))
-            for i in T.unroll(fetched):
-                at = T.meta_var((panel + prefetch) * (width * K) + line * LINE)
+            line = T.meta_var(T.min(loop * ahead, lines - ahead))
+            for i in T.unroll(ahead):
+                at = T.meta_var(base + prefetch * (panel_width * K) + line * LINE)
                 fetch_line(w[at + i * LINE], READ, INTO_L2)
 
         return fetch
 
     @T.inline
-    def tile(to, m, r, panel, panel_width, t, c, fetched, height, vectors):
+    def first_lines(w, b, m):
+        # The kernel before may have fetched none of them.
+        for i in T.unroll(ceil_div(lines, M)):
+            fetch_line(w[(i * M + m) * LINE], READ, INTO_L2)
+        for i in T.unroll(ceil_div(ceil_div(layout.bias_size, LINE), M)):
+            fetch_line(b[(i * M + m) * LINE], READ, INTO_L2)
+
+    @T.inline
+    def tile(to, m, r, panel, panel_width, t, c, height, vectors):
         # the c-th vectors of a panel
         acc = T.alloc_buffer((height, vectors * L), "float32", scope="local")
         zeros = T.alloc_buffer((L,), "float32", scope="local")
         first = T.meta_var(panel * width + c * tile_width)
-        base = T.meta_var(panel * (width * K) + c * tile_width)
-        fetch = T.meta_var(next_lines(to.w, panel, t, c, fetched))
+        base = T.meta_var(panel * (width * K))
+        fetch = T.meta_var(next_lines(to.w, base, panel_width, t, c))
         for lane in T.vectorized(L):
             zeros[lane] = to.b[3 * padded_n + lane]
         for i in T.unroll(height):
@@ -100,7 +108,8 @@ def paired_kernel(
                     acc[i, j * L + lane] = terms + to.factors[r + i, 1]
         if prefetch > 0:
             fetch_outputs(to.residual, to.y, m, first, height, vectors)
-        multiply(acc, to.rows, to.w, zeros, r, base, panel_width, fetch, height, vectors)
+        at = T.meta_var(base + c * tile_width)
+        multiply(acc, to.rows, to.w, zeros, r, at, panel_width, fetch, height, vectors)
         for i in T.unroll(height):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
@@ -109,14 +118,12 @@ def paired_kernel(
 
     @T.inline
     def columns(to, m, r, t, height, panel, panel_width):
-        # Behind the narrow panel, the last one, nothing is fetched.
-        fetched = T.meta_var(ahead if panel_width == width else 0)
         whole = T.meta_var(panel_width // tile_width)
         left = T.meta_var(panel_width % tile_width // L)
         for c in T.serial(whole):
-            tile(to, m, r, panel, panel_width, t, c, fetched, height, TILE_VECTORS)
+            tile(to, m, r, panel, panel_width, t, c, height, TILE_VECTORS)
         if left > 0:
-            tile(to, m, r, panel, panel_width, t, whole, fetched, height, left)
+            tile(to, m, r, panel, panel_width, t, whole, height, left)
 
     def panel_rows(to, m, r, panel, t, height):
         emit_panel(layout, panel, columns, to, m, r, t, height)
@@ -147,6 +154,7 @@ def paired_kernel(
             factors = T.alloc_buffer((M, 2), "float32")
             to = T.meta_var(_Buffers(rows, factors, w, b, residual, y))
             for m in T.parallel(M):
+                first_lines(w, b, m)
                 prepare(x, rows, factors, m, m)
             for g in T.parallel(blocks * panels):
                 block_tiles(to, g // panels, 0, g % panels)
