@@ -52,6 +52,7 @@ Array = npt.NDArray[Any]
 LANES = 16  # AVX-512: AVX2 has neither operands that are broadcast nor masks
 GROUP = 3  # elements of k: a pair and a single one
 LEAST_K = GROUP * LANES  # a vector of groups
+CHAINS = 4  # of additions that do not wait for each other, in the sums over a row
 TILE_VECTORS = 2  # of a register tile; more would need more offsets
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127
 
@@ -91,31 +92,42 @@ def preparing(k: int, lanes: int) -> Callable[..., None]:
     # sums in memory.
 
     @T.inline
-    def add(x, total, at, m, first, second, sign, seen):
+    def add(x, total, at, chain, m, first, second, sign, seen):
         # total[at] += x[first..] x[second..], but of the first `seen`; signs alternate from `sign`
         for lane in T.vectorized(lanes):
             term = T.meta_var(x[m, first + lane] * x[m, second + lane])
             signed = T.meta_var(
                 T.Select(lane % 2 == sign, -term, term) if sign is not None else term
             )
-            total[at, lane] = total[at, lane] + T.Select(lane >= seen, signed, T.float32(0))
+            total[at, chain * lanes + lane] = total[at, chain * lanes + lane] + T.Select(
+                lane >= seen, signed, T.float32(0)
+            )
+
+    @T.inline
+    def sum_up(x, total, at, m, size, other, signs):
+        # total[at] = the sum of x[i] x[other + i], i < size
+        vectors = T.meta_var(size // lanes)
+        rounds = T.meta_var(vectors // CHAINS)
+        for c in T.serial(rounds):
+            for u in T.unroll(CHAINS):
+                first = T.meta_var((c * CHAINS + u) * lanes)
+                add(x, total, at, u, m, first, other + first, 0 if signs else None, 0)
+        for u in T.unroll(vectors % CHAINS):
+            first = T.meta_var((rounds * CHAINS + u) * lanes)
+            add(x, total, at, u, m, first, other + first, 0 if signs else None, 0)
+        if size % lanes > 0:
+            last = T.meta_var(size - lanes)
+            sign = T.meta_var(size % 2 if signs else None)
+            add(x, total, at, CHAINS - 1, m, last, other + last, sign, lanes - size % lanes)
+        fold_sum(total, at, CHAINS * lanes)
 
     @T.inline
     def prepare(x, rows, factors, m, r):
-        total = T.alloc_buffer((2, lanes), "float32", scope="local")  # squares, and terms
+        total = T.alloc_buffer((2, CHAINS * lanes), "float32", scope="local")  # squares, and terms
         scale = T.alloc_buffer((1,), "float32", scope="local")
-        clear(total, 2, 1, lanes)
-        for c in T.serial(k // lanes):
-            add(x, total, 0, m, c * lanes, c * lanes, None, 0)
-        if k % lanes > 0:
-            add(x, total, 0, m, k - lanes, k - lanes, None, lanes - k % lanes)
-        for c in T.serial(pairs // lanes):
-            add(x, total, 1, m, c * lanes, pairs + c * lanes, 0, 0)
-        if pairs % lanes > 0:
-            last = T.meta_var(pairs - lanes)
-            add(x, total, 1, m, last, pairs + last, pairs % 2, lanes - pairs % lanes)
-        fold_sum(total, 0, lanes)
-        fold_sum(total, 1, lanes)
+        clear(total, 2, CHAINS, lanes)
+        sum_up(x, total, 0, m, k, 0, False)
+        sum_up(x, total, 1, m, pairs, pairs, True)
         # The mean square is 2^e times less than 2: half of e, rounded up, is the root's exponent.
         mean = T.meta_var(T.reinterpret("int32", total[0, 0] * T.float32(1 / k)))
         root = T.meta_var(((mean >> _MANTISSA_BITS) - _EXPONENT_BIAS + 1) >> 1)
