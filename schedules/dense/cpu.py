@@ -184,4 +184,5 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     else:
         blocking = Blocking(tuple(joined), chosen["block_m"], chosen["prefetch"])
         kernel = dense_kernel(layout, blocking)
-    return ScheduledKernel(kernel, {1: layout.pack_weight, 2: layout.pack_bias})
+    # A tile starts with its bias.
+    return ScheduledKernel(kernel, {2: layout.pack_bias, 1: layout.pack_weight})
