@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from tvm import tirx
+from tvm.script import tirx as T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Shortcut:
     holds: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]
 
 
+def sees(first: tirx.PrimExpr, lane: tirx.PrimExpr, limit: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return whether the key in a lane of a vector from ``first`` on stands before ``limit``.
+
+    Lanes are compared as int32: indices of 64 bits would take two vectors.
+    """
+    return T.Cast("int32", lane) < T.Cast("int32", limit - first)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scoring:
     """How an attention form scores a key and makes weights of scores.
@@ -44,7 +53,8 @@ class Scoring:
         ``(s, peak, total, rescale, r, i, first, limit, vectors)``: turn the scores ``s[i, :]`` of
         the keys ``first, first + 1, ...``, so many vectors of them, into weights; those at
         ``limit`` and beyond become 0. Updates the running values of row ``r``, and stores in
-        ``rescale[i]`` the factor by which the row's earlier output must shrink.
+        ``rescale[i]`` the factor by which the row's earlier output must shrink; of rows whose keys
+        all come at once, there is no earlier output, and ``rescale`` is None.
     rescales : bool
         Whether ``rescale`` can differ from 1.
     causal : bool

@@ -15,7 +15,7 @@ from tvm.target import Target
 from ..common import decisions
 from ..common.attention_blocked import blocked_attention
 from ..common.attention_row import row_attention
-from ..common.attention_scoring import Scoring
+from ..common.attention_scoring import Scoring, sees
 from ..common.attention_tiles import read_blocking, sample_blocking
 from ..common.cpu_features import vector_unit
 from ..common.kernel import ScheduledKernel
@@ -63,26 +63,32 @@ def softmax(scale: float, L: int) -> Scoring:
                 part[0, lane] = T.max(
                     part[0, lane],
                     T.Select(
-                        first + j * L + lane < limit, s[i, j * L + lane], T.min_value("float32")
+                        sees(first + j * L, lane, limit), s[i, j * L + lane], T.min_value("float32")
                     ),
                 )
         fold_max(part, 0, L)
-        highest[0] = T.max(peak[r], part[0, 0])
-        rescale[i] = weight(peak[r], highest[0])
-        peak[r] = highest[0]
+        if rescale is None:
+            highest[0] = part[0, 0]
+        else:
+            highest[0] = T.max(peak[r], part[0, 0])
+            rescale[i] = weight(peak[r], highest[0])
+            peak[r] = highest[0]
         for lane in T.vectorized(L):
             part[0, lane] = T.float32(0)
         for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 s[i, j * L + lane] = T.Select(
-                    first + j * L + lane < limit,
+                    sees(first + j * L, lane, limit),
                     weight(s[i, j * L + lane], highest[0]),
                     T.float32(0),
                 )
             for lane in T.vectorized(L):
                 part[0, lane] = part[0, lane] + s[i, j * L + lane]
         fold_sum(part, 0, L)
-        total[r] = total[r] * rescale[i] + part[0, 0]
+        if rescale is None:
+            total[r] = part[0, 0]
+        else:
+            total[r] = total[r] * rescale[i] + part[0, 0]
 
     return Scoring(
         accumulate=lambda acc, q, k: acc + q * k,

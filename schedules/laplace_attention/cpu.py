@@ -35,7 +35,7 @@ from tvm.target import Target
 from ..common import decisions
 from ..common.attention_blocked import blocked_attention
 from ..common.attention_row import row_attention
-from ..common.attention_scoring import Scoring, Shortcut
+from ..common.attention_scoring import Scoring, Shortcut, sees
 from ..common.attention_tiles import read_blocking, sample_blocking
 from ..common.cpu_features import vector_unit
 from ..common.kernel import ScheduledKernel
@@ -102,7 +102,7 @@ def laplace(L: int) -> Scoring:
         for j in T.serial(vectors):
             for lane in T.vectorized(L):
                 s[i, j * L + lane] = T.Select(
-                    first + j * L + lane < limit,
+                    sees(first + j * L, lane, limit),
                     weight(s[i, j * L + lane], None),
                     T.float32(0),
                 )
