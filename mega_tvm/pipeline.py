@@ -43,6 +43,7 @@ from .packing import pack_phase
 from .passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
 from .passes.pair_products import pair_products
+from .passes.piece_kernels import own_piece_kernels
 from .passes.split_rows import mark_splittable, without_pieces
 from .passes.split_window import split_of, without_windows
 from .symbolic_entry import FIXED
@@ -190,6 +191,7 @@ def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.FuseTIR(),
             relax.transform.RewriteDataflowReshape(),
             relax.transform.DeadCodeElimination(),
+            own_piece_kernels,
         ]
     )(mod)
     left = sorted(
