@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="threads that kernels run with; a log holds records of several counts (default: 1)",
+        help="threads that the library will mostly run with; a log holds records of several counts "
+        "(default: 1)",
     )
     add(
         "--trials",
@@ -174,7 +175,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         with LiveReport(out, session.kernels, arguments.trials) as report:
             session.report = report
             session.run(arguments.trials)
-        limits = None if tracker or on_gpu else pool.limits()
+        counts = sorted({progress.kernel.task.threads for progress in session.kernels})
+        limits = {} if tracker or on_gpu else {count: pool.limits(count) for count in counts}
     out.width = max(out.width, TABLE_WIDTH)
     out.print(summary(session.kernels, limits))
     if reached := time_to(0.95, session.curve):
