@@ -181,7 +181,10 @@ def graph_phase(
 
 
 def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
-    """Legalize every operator to TensorIR, and fuse what is elementwise among TVM's own."""
+    """Legalize every operator to TensorIR, and fuse what is elementwise among TVM's own.
+
+    What runs in pieces of rows is then a kernel by itself.
+    """
     mod = tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
