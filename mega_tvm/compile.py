@@ -230,14 +230,13 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 def _print_lookups(out: Console, tuned: TunedSchedules) -> None:
     """Print what was looked up for each kernel, and what was skipped."""
-    from .tuning.lookup import ANY_SIZE, HIT, IN_PIECES
+    from .tuning.lookup import ANY_SIZE, HIT
 
     for problem in tuned.problems:
         out.print(f"warning: {problem}; skipped", markup=False)
     for name, outcome in sorted(tuned.outcomes.items()):
         out.print(f"  kernel {name}: {outcome}", markup=False)
-    none = (ANY_SIZE, IN_PIECES)
-    sized = [outcome for outcome in tuned.outcomes.values() if outcome.kind not in none]
+    sized = [outcome for outcome in tuned.outcomes.values() if outcome.kind != ANY_SIZE]
     if sized:
         hits = sum(outcome.kind == HIT for outcome in sized)
         out.print(f"  tuning records: {hits} hits of {len(sized)} kernels")

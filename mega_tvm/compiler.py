@@ -238,9 +238,9 @@ def _check_tuning(
     missed = [f"{n}: {found}" for n, found in tuned.outcomes.items() if found.kind not in FOUND]
     if strict and missed:
         raise CompileError(
-            f"strict: {len(missed)} of {len(tuned.outcomes)} kernels have no valid tuning record "
-            f"{tuned.subject}: {'; '.join(missed)}. Tune them with "
-            "python -m mega_tvm.tune, or compile without strict"
+            f"strict: {len(missed)} of {len(tuned.outcomes)} kernels have no valid tuning record: "
+            f"{'; '.join(missed)}. Tune them with python -m mega_tvm.tune {tuned.tune_options}, "
+            "or compile without strict"
         )
 
 

@@ -38,7 +38,7 @@ def kernel_calls(mod: tvm.IRModule) -> Iterator[tuple[str, str]]:
 
 def kernels_by_caller(mod: tvm.IRModule) -> tuple[set[str], set[str]]:
     """Return the kernels that entries call, and those that piece functions call."""
-    pieces = {gvar.name_hint for gvar, func in mod.functions_items() if is_piece(func)}
+    pieces = piece_counts(mod)
     calls = list(kernel_calls(mod))
     return (
         {kernel for function, kernel in calls if function not in pieces},
@@ -52,9 +52,14 @@ def kernels_in_pieces(mod: tvm.IRModule) -> set[str]:
     return in_pieces - in_entries
 
 
+def piece_counts(mod: tvm.IRModule) -> dict[str, int]:
+    """Return how many pieces each piece function stands for, by its name."""
+    return {g.name_hint: piece_count(func) for g, func in mod.functions_items() if is_piece(func)}
+
+
 def describe_kernels(mod: tvm.IRModule) -> list[dict[str, Any]]:
     """Return the manifest's list of kernels of a scheduled module."""
-    pieces = {g.name_hint: piece_count(func) for g, func in mod.functions_items() if is_piece(func)}
+    pieces = piece_counts(mod)
     calls: Counter[str] = Counter()
     keys: Counter[str] = Counter()  # over all calls, in units of a piece's rows
     for function, name in kernel_calls(mod):

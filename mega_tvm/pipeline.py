@@ -43,6 +43,7 @@ from .packing import pack_phase
 from .passes import CPU_PASSES, GRAPH_PASSES, OPTIONAL_PASSES
 from .passes.carry_state import states_of, without_state
 from .passes.pair_products import pair_products
+from .passes.piece_kernels import own_piece_kernels
 from .passes.split_rows import mark_splittable, without_pieces
 from .passes.split_window import split_of, without_windows
 from .symbolic_entry import FIXED
@@ -180,7 +181,10 @@ def graph_phase(
 
 
 def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
-    """Legalize every operator to TensorIR, and fuse what is elementwise among TVM's own."""
+    """Legalize every operator to TensorIR, and fuse what is elementwise among TVM's own.
+
+    What runs in pieces of rows is then a kernel by itself.
+    """
     mod = tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
@@ -190,6 +194,7 @@ def kernel_phase(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.FuseTIR(),
             relax.transform.RewriteDataflowReshape(),
             relax.transform.DeadCodeElimination(),
+            own_piece_kernels,
         ]
     )(mod)
     left = sorted(

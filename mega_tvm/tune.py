@@ -19,7 +19,7 @@ from .model_arguments import DEFAULT_EMBED_DIM, add_model_options, input_file, m
 # The default model has 17 kernels with something to decide; its last gains came within 560 trials.
 DEFAULT_TRIALS = 800
 INTERRUPTED = 130
-TABLE_WIDTH = 110  # in a pipe, too
+TABLE_WIDTH = 124  # in a pipe, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="threads that kernels run with; a log holds records of several counts (default: 1)",
+        help="threads that the library will mostly run with; a log holds records of several counts "
+        "(default: 1)",
     )
     add(
         "--trials",
@@ -174,7 +175,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         with LiveReport(out, session.kernels, arguments.trials) as report:
             session.report = report
             session.run(arguments.trials)
-        limits = None if tracker or on_gpu else pool.limits()
+        counts = sorted({progress.kernel.task.threads for progress in session.kernels})
+        limits = {} if tracker or on_gpu else {count: pool.limits(count) for count in counts}
     out.width = max(out.width, TABLE_WIDTH)
     out.print(summary(session.kernels, limits))
     if reached := time_to(0.95, session.curve):

@@ -8,7 +8,9 @@ Each kernel's record is looked up at the point that tuning takes kernels from: t
 | miss | no such record; the hand schedule |
 | stale | there are records, but other versions made them; the hand schedule |
 | any size | a kernel whose sizes only a call brings, which no record can be of; the hand schedule |
-| in pieces | a kernel that runs on one of several threads (`mega_tvm.passes.split_rows`); so too |
+
+A kernel in pieces (`mega_tvm.passes.split_rows`) runs on one thread, whatever the compile's count,
+and takes the records of one thread.
 
 A record holds for one kernel of one size, since only there was it measured against the hand
 schedule. The record of another length may well be better than the hand schedule, and may be worse:
@@ -35,11 +37,11 @@ from ..errors import TuningError
 from ..targets import CpuTarget
 from .log import best_confirmed, is_log, read_log, read_target
 from .record import KernelKey, Record, TargetKey, kernel_key
-from .space import Space, replay
+from .space import Space, is_of_any_size, replay
 from .versions import made_by
 
-HIT, ANY_SIZE, IN_PIECES = "hit", "any size", "in pieces"
-FOUND = (HIT, ANY_SIZE, IN_PIECES)  # what a strict compile accepts
+HIT, ANY_SIZE = "hit", "any size"
+FOUND = (HIT, ANY_SIZE)  # what a strict compile accepts
 SHIPPED = Path(schedules.__file__).parent / "tuned"
 
 
@@ -50,7 +52,7 @@ class Outcome:
     Parameters
     ----------
     kind : str
-        ``hit``, ``miss``, ``stale``, `ANY_SIZE` or `IN_PIECES`.
+        ``hit``, ``miss``, ``stale`` or `ANY_SIZE`.
     source : str
         Where the schedule comes from: ``tuned`` or ``hand``.
     detail : str
@@ -72,7 +74,8 @@ class TunedSchedules:
     ----------
     target : CpuTarget or CudaTarget
     threads : int
-        The thread count that records must have been measured with; 1 for a GPU.
+        The thread count that the library will mostly run with, and records must have been measured
+        with, but for those of kernels in pieces; 1 for a GPU.
     directories : sequence of Path
         Logs. One of another target is named in `problems` and skipped.
 
@@ -81,7 +84,8 @@ class TunedSchedules:
     problems : list of str
         What was skipped, and why.
     digest : str or None
-        SHA-256 over the records of this target and thread count; None if there are none.
+        SHA-256 over the records of this target, and of this thread count or of one thread; None if
+        there are none.
     outcomes : dict of str to Outcome
         Of every kernel that was looked up, by its name.
     """
@@ -93,7 +97,7 @@ class TunedSchedules:
         self.threads = threads
         self.problems: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
-        self._records: dict[KernelKey, list[Record]] = {}
+        self._records: dict[tuple[KernelKey, int], list[Record]] = {}
         wanted = TargetKey.of(target)
         self._kind = wanted.kind
         digest = hashlib.sha256()
@@ -106,39 +110,37 @@ class TunedSchedules:
                 )
                 continue
             for record in log.records:
-                if record.threads == threads:
-                    self._records.setdefault(record.key, []).append(record)
+                if record.threads in (1, threads):
+                    self._records.setdefault((record.key, record.threads), []).append(record)
                     digest.update(f"{record.workload_json}\n{record.record_json}\n".encode())
         self.digest = digest.hexdigest() if self._records else None
 
     @property
-    def subject(self) -> str:
-        """What records must be for, in words."""
-        if self._kind == "cuda":
-            return f"for {self.target.name}"
-        return f"for {self.threads} thread(s)"
+    def tune_options(self) -> str:
+        """The options of a tuning that makes such records."""
+        threads = "" if self._kind == "cuda" else f" --threads {self.threads}"
+        return f"--target {self.target.name}{threads}"
 
     def schedule(
         self, name: str, func: tirx.PrimFunc, target: Target, *, in_pieces: bool = False
     ) -> ScheduledKernel:
         """Schedule a naive Mega kernel by its record, or by hand; notes the outcome."""
-        if in_pieces:
-            self.outcomes[name] = Outcome(IN_PIECES, "hand", "hand schedule")
-            return hand_schedule(func, target)
         space = Space.of(func, target)
-        record, outcome = self._find(func, space)
+        record, outcome = self._find(func, space, 1 if in_pieces else self.threads)
         self.outcomes[name] = outcome
         if record is None:
             return hand_schedule(func, target)
         return generate(replay(space.workload, record.load().trace).mod["main"], target)
 
-    def _find(self, func: tirx.PrimFunc, space: Space) -> tuple[Record | None, Outcome]:
+    def _find(
+        self, func: tirx.PrimFunc, space: Space, threads: int
+    ) -> tuple[Record | None, Outcome]:
         key = kernel_key(func)
-        if any(isinstance(dim, tirx.Var) for buffer in func.params for dim in buffer.shape):
+        if is_of_any_size(func):
             return None, Outcome(ANY_SIZE, "hand", "hand schedule")
         if space.size == 1:
             return None, Outcome(HIT, "hand", "there is nothing to decide")
-        there = self._records.get(key, [])
+        there = self._records.get((key, threads), [])
         made = made_by(key.op, self._kind) if there else None
         ours = [r for r in there if r.made_by == made and space.holds(r.decisions)]
         best = best_confirmed(ours)

@@ -47,7 +47,7 @@ class Progress:
             return float("inf") if self.batches == 0 else 0.0
         hand = self.search.hand_seconds
         promise = 1.0 if hand is None or hand > LEAST_GAIN * best[1] else NO_GAIN_YET
-        return promise * self.kernel.calls * best[1] / (1 + self.batches) ** 2
+        return promise * self.kernel.in_a_row * best[1] / (1 + self.batches) ** 2
 
 
 Report = Callable[[Sequence[Progress], Progress], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich import box
@@ -79,24 +79,33 @@ def state(progress: Progress) -> str:
     return f"hand {hand * 1e6:.2f} us, best {best[1] * 1e6:.2f} us ({gain:+.1%}){failed}"
 
 
-def summary(kernels: Sequence[Progress], limits: Limits | None) -> Table:
-    """Return the table of what was tuned: every kernel, and all of a model's calls together."""
+def summary(kernels: Sequence[Progress], limits: Mapping[int, Limits]) -> Table:
+    """Return the table of what was tuned: every kernel, and all of a model's calls together.
+
+    N threads make N calls of a kernel in pieces side by side, and a run waits for one: so they
+    count in the last row.
+
+    Parameters
+    ----------
+    kernels : sequence of Progress
+    limits : mapping of int to Limits
+        By the number of threads; empty where none were measured.
+    """
     table = Table(title="tuned kernels, us a call", box=box.SIMPLE_HEAD)
     table.add_column("kernel", no_wrap=True)
-    for column in ("calls", "trials", "hand", "tuned", "gain", "share of ceiling"):
+    for column in ("threads", "calls", "trials", "hand", "tuned", "gain", "share of ceiling"):
         table.add_column(column, justify="right", no_wrap=True)
     hand_total = tuned_total = 0.0
     for progress in kernels:
         kernel, record = progress.kernel, progress.confirmed
+        row = [kernel.name, *map(str, (kernel.task.threads, kernel.calls, progress.trials))]
         if record is None or record.seconds is None or record.hand_seconds is None:
-            table.add_row(kernel.name, str(kernel.calls), str(progress.trials), "", "", "", "")
+            table.add_row(*row)
             continue
-        hand_total += kernel.calls * record.hand_seconds
-        tuned_total += kernel.calls * record.seconds
+        hand_total += kernel.in_a_row * record.hand_seconds
+        tuned_total += kernel.in_a_row * record.seconds
         table.add_row(
-            kernel.name,
-            str(kernel.calls),
-            str(progress.trials),
+            *row,
             f"{record.hand_seconds * 1e6:.2f}",
             f"{record.seconds * 1e6:.2f}" if record.decisions != kernel.space.hand else "hand",
             f"{record.gain - 1:+.1%}",
@@ -106,6 +115,7 @@ def summary(kernels: Sequence[Progress], limits: Limits | None) -> Table:
         table.add_section()
         table.add_row(
             "all calls",
+            "",
             str(sum(p.kernel.calls for p in kernels)),
             str(sum(p.trials for p in kernels)),
             f"{hand_total * 1e6:.1f}",
@@ -116,13 +126,14 @@ def summary(kernels: Sequence[Progress], limits: Limits | None) -> Table:
     return table
 
 
-def _share(progress: Progress, record: Record, limits: Limits | None) -> str:
+def _share(progress: Progress, record: Record, limits: Mapping[int, Limits]) -> str:
     """Return the share of the kernel's ceiling, and what bounds it."""
     op, spec = progress.kernel.key.op, json.loads(progress.kernel.key.spec)
-    if limits is None or record.seconds is None:
+    rates = limits.get(progress.kernel.task.threads)
+    if rates is None or record.seconds is None:
         return ""
-    work = work_of(op, spec, limits.lanes, record.decisions)
+    work = work_of(op, spec, rates.lanes, record.decisions)
     if work is None:
         return ""
-    least, what = bound(work, limits)
+    least, what = bound(work, rates)
     return f"{least / record.seconds:.0%} {what}"

@@ -26,7 +26,7 @@ import mega_tvm
 from ..bench.environment import hardware
 from ..cuda.target import CudaTarget
 from ..errors import TuningError
-from ..targets import CpuTarget, with_threads
+from ..targets import CpuTarget
 from .log import append, best_confirmed, is_log, read_log
 from .progress import LEAST_GAIN, Progress, Report
 from .record import Record, TargetKey
@@ -52,6 +52,7 @@ class Session:
     kernels : sequence of Kernel
     target : CpuTarget or CudaTarget
     threads : int
+        The thread count that the library will mostly run with. Each kernel's task has its own.
     directory : Path
         The log; what it holds of these kernels, by these versions, is built on.
     seed : int
@@ -81,12 +82,11 @@ class Session:
         ]
         self.problems: list[str] = []
         self._target = TargetKey.of(target)
-        self._measured = with_threads(target, threads).tvm_target()
         self._directory, self._pool = directory, pool
         self.report: Report = lambda every, one: None
         self._started = time.perf_counter()
         self._lost = 0
-        self._elsewhere: list[Record] = []
+        self._confirmed: list[Record] = []
         self._run: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -100,7 +100,7 @@ class Session:
             "curve": [],
         }
         if is_log(directory):
-            self._resume(threads)
+            self._resume()
         else:  # now, not after the first batch: a directory that cannot be written to is told
             self._append([])
 
@@ -131,7 +131,7 @@ class Session:
         """
         return [(float(s), int(n), float(us)) for s, n, us in self._run["curve"]]
 
-    def _resume(self, threads: int) -> None:
+    def _resume(self) -> None:
         log = read_log(self._directory)
         self.problems += log.problems
         if log.target != self._target:
@@ -139,14 +139,14 @@ class Session:
                 f"{self._directory}: is a log of target {log.target}, not of {self._target}; give "
                 "each target a directory of its own"
             )
-        self._elsewhere = [r for r in log.records if r.threads != threads and r.hand_seconds]
+        self._confirmed = [r for r in log.records if r.hand_seconds]
         for progress in self.kernels:
             kernel = progress.kernel
             ours = [
                 record
                 for record in log.records
                 if record.key == kernel.key
-                and record.threads == threads
+                and record.threads == kernel.task.threads
                 and record.made_by == made_by(kernel.key.op, self._target.kind)
                 and kernel.space.holds(record.decisions)
             ]
@@ -196,7 +196,7 @@ class Session:
         for progress in self.kernels:
             best, hand = progress.search.best, progress.search.hand_seconds
             if best is not None and hand is not None:
-                saved += progress.kernel.calls * (hand - best[1])
+                saved += progress.kernel.in_a_row * (hand - best[1])
         return saved
 
     def _known(self, kernel: Kernel) -> list[Decisions]:
@@ -204,7 +204,11 @@ class Session:
 
         Nothing is taken over unmeasured: these are the first candidates of its search.
         """
-        found = [record.decisions for record in self._elsewhere if record.key == kernel.key]
+        found = [
+            record.decisions
+            for record in self._confirmed
+            if record.key == kernel.key and record.threads != kernel.task.threads
+        ]
         for other in self.kernels:
             best = other.search.best
             if best is not None and _but_lengths(other.kernel) == _but_lengths(kernel):
@@ -215,7 +219,7 @@ class Session:
         return Record.make(
             progress.kernel.space,
             decisions,
-            self._measured,
+            progress.kernel.task.target.tvm_target(),
             result.seconds,
             error=result.error,
         )
@@ -236,9 +240,8 @@ class Session:
                 ratio, chosen = found.ratio, decisions
         if not hand_s:  # the hand schedule itself failed: there is nothing to confirm
             return
-        progress.confirmed = Record.make(
-            space, chosen, self._measured, hand_s / ratio, hand_seconds=hand_s
-        )
+        target = progress.kernel.task.target.tvm_target()
+        progress.confirmed = Record.make(space, chosen, target, hand_s / ratio, hand_seconds=hand_s)
         self._append([progress.confirmed])
         self.report(self.kernels, progress)
 

@@ -87,6 +87,11 @@ def workload_of(func: tirx.PrimFunc) -> tvm.IRModule:
     return tvm.IRModule({"main": func})
 
 
+def is_of_any_size(func: tirx.PrimFunc) -> bool:
+    """Whether a kernel has sizes that only a call brings: no record can be of it."""
+    return any(isinstance(dim, tirx.Var) for buffer in func.params for dim in buffer.shape)
+
+
 def replay(workload: tvm.IRModule, trace: Trace) -> Schedule:
     """Apply a trace to a naive kernel."""
     sch = Schedule(workload)

@@ -78,6 +78,11 @@ class Task:
     workload: Any
     target: CpuTarget | CudaTarget
 
+    @property
+    def threads(self) -> int:
+        """Threads that the kernel runs with; 1 on a GPU."""
+        return self.target.num_cores if isinstance(self.target, CpuTarget) else 1
+
     def space(self) -> Space:
         """Return the kernel's space."""
         func = Workload.from_json(self.workload).mod["main"]

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 
 from ..cuda.target import CudaTarget
 from .cuda_device import UnfitServerError, check_server
+from .limits import Limits, measure_limits
 from .operands import Operands
 from .space import Decisions
 from .trial import (
@@ -40,6 +42,7 @@ SESSION_LIMIT_S = 10
 # What tells that a candidate, and not its device, is at fault.
 _FAULTS = ("RPCSessionTimeoutError", "CUDA")
 _PR_SET_PDEATHSIG = 1
+_FASTEST_CORES = 1  # ThreadGroup::AffinityMode, of CPUs whose cores differ
 _RUN = "run: "
 
 
@@ -82,7 +85,6 @@ class PairedResult:
 class _State:
     """What a worker keeps from call to call."""
 
-    threads: int = 1
     tracker: Tracker | None = None
     operands: dict[str, Operands] = {}  # noqa: RUF012  (a worker has one state)
     built: dict[tuple[Any, ...], Candidate] = {}  # noqa: RUF012
@@ -94,7 +96,7 @@ def start(threads: int, tracker: Tracker | None, on_start: Callable[[], None] | 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["TVM_NUM_THREADS"] = str(threads)  # read when the pool starts, at the first kernel
-    _State.threads, _State.tracker = threads, tracker
+    _State.tracker = tracker
     if on_start is not None:
         on_start()
 
@@ -139,6 +141,12 @@ def paired(task: Task, first: Decisions, second: Decisions) -> PairedResult | Re
         return Result(None, _line(error))
 
 
+def limits(threads: int) -> Limits:
+    """Measure what this machine can do at most with a number of threads."""
+    _use_threads(tvm_ffi.get_global_func, threads)
+    return measure_limits(threads)
+
+
 def _operands(task: Task) -> Operands:
     if task.name not in _State.operands:
         _State.operands = {task.name: task_operands(task)}
@@ -149,6 +157,8 @@ def _operands(task: Task) -> Operands:
 def _loaded(task: Task, candidates: list[Candidate], operands: Operands) -> Iterator[list[Loaded]]:
     tracker = _State.tracker
     if tracker is None:
+        if not isinstance(task.target, CudaTarget):
+            _use_threads(tvm_ffi.get_global_func, task.threads)
         yield [Loaded.here(candidate, operands) for candidate in candidates]
         return
     devices = tvm.rpc.connect_tracker(tracker.host, tracker.port)
@@ -156,7 +166,7 @@ def _loaded(task: Task, candidates: list[Candidate], operands: Operands) -> Iter
     if isinstance(task.target, CudaTarget):
         check_server(session, task.target)
     else:
-        _check_threads(session)
+        _use_threads(session.get_function, task.threads)
     with tempfile.TemporaryDirectory(prefix="mega-tvm-tune-") as folder:
         yield [
             Loaded.there(candidate, operands, session, Path(folder) / f"candidate{index}.so")
@@ -168,12 +178,20 @@ def _is_fault(error: Exception) -> bool:
     return not isinstance(error, UnfitServerError) and any(f in str(error) for f in _FAULTS)
 
 
-def _check_threads(session: Any) -> None:
-    threads = int(session.get_function("runtime.NumThreads")())
-    if threads != _State.threads:
+def _use_threads(runtime: Callable[[str], Any], threads: int) -> None:
+    """Let the pool of the calling thread, here or in an RPC server, run loops on so many threads.
+
+    Parameters
+    ----------
+    runtime : callable
+        Returns a function of TVM's runtime there, by its name.
+    """
+    runtime("runtime.config_threadpool")(_FASTEST_CORES, threads)
+    found = int(runtime("runtime.NumThreads")())
+    if found != threads:
         raise RuntimeError(
-            f"the RPC server runs {threads} thread(s), not {_State.threads}: start it with "
-            f"TVM_NUM_THREADS={_State.threads}"
+            f"TVM's pool has {found} thread(s), not {threads}: start the RPC server with "
+            f"TVM_NUM_THREADS={threads}"
         )
 
 

@@ -26,7 +26,7 @@ from tvm.support.popen_pool import PopenWorker
 
 from ..cuda.target import CudaTarget
 from . import worker_main
-from .limits import Limits, measure_limits
+from .limits import Limits
 from .space import Decisions
 from .trial import Task
 from .worker_main import PairedResult, Result, Tracker
@@ -123,7 +123,7 @@ class Pool:
     Parameters
     ----------
     threads : int
-        Threads that a kernel runs with.
+        Most threads that a kernel runs with: each task has its number.
     workers : int, optional
         Processes that build side by side; by default one a core.
     tracker : Tracker, optional
@@ -146,7 +146,6 @@ class Pool:
         run_limit_s: float | None = None,
     ) -> None:
         count = workers or len(os.sched_getaffinity(0))
-        self.threads = threads
         self._limits = (build_limit_s, run_limit_s or (REMOTE_LIMIT_S if tracker else RUN_LIMIT_S))
         self._workers = [Worker(threads, tracker, on_start) for _ in range(count)]
         self._side_by_side = ThreadPoolExecutor(count)
@@ -198,9 +197,9 @@ class Pool:
         assert isinstance(found, PairedResult)
         return found
 
-    def limits(self) -> Limits:
-        """Measure what this machine can do at most with the pool's threads."""
-        found = self._workers[0].call(measure_limits, self.threads, limit_s=START_LIMIT_S)
+    def limits(self, threads: int) -> Limits:
+        """Measure what this machine can do at most with a number of threads."""
+        found = self._workers[0].call(worker_main.limits, threads, limit_s=START_LIMIT_S)
         assert isinstance(found, Limits)
         return found
 

@@ -33,14 +33,15 @@ def target_key() -> TargetKey:
     return TargetKey.of(native())
 
 
-def kernel_of(func: tirx.PrimFunc, name: str = "kernel", calls: int = 1) -> Kernel:
-    space = Space.of(func, native().tvm_target())
-    task = Task(name, Workload(space.workload).as_json(), native())
-    return Kernel(name, kernel_key(func), calls, space, task)
+def kernel_of(func: tirx.PrimFunc, name: str = "kernel", threads: int = 1) -> Kernel:
+    target = native(threads)
+    space = Space.of(func, target.tvm_target())
+    task = Task(name, Workload(space.workload).as_json(), target)
+    return Kernel(name, kernel_key(func), calls=1, in_a_row=1, space=space, task=task)
 
 
-def dense_kernel(rows: int = 257, name: str = "dense") -> Kernel:
-    return kernel_of(dense(DenseSpec((1, rows), 13, 40)), name)
+def dense_kernel(rows: int = 257, name: str = "dense", threads: int = 1) -> Kernel:
+    return kernel_of(dense(DenseSpec((1, rows), 13, 40)), name, threads)
 
 
 def norm_kernel() -> Kernel:

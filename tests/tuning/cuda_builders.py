@@ -26,7 +26,7 @@ SM80 = resolve_cuda("cuda-sm_80")
 def kernel_of(func: tirx.PrimFunc, name: str = "kernel") -> Kernel:
     space = Space.of(func, SM80.tvm_target())
     task = Task(name, Workload(space.workload).as_json(), SM80)
-    return Kernel(name, kernel_key(func), 1, space, task)
+    return Kernel(name, kernel_key(func), calls=1, in_a_row=1, space=space, task=task)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def start(module: str, *arguments: str) -> subprocess.Popen:
         [sys.executable, "-m", module, "--host", "127.0.0.1", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "TVM_NUM_THREADS": "1"},
+        env={**os.environ, "TVM_NUM_THREADS": "2"},
     )
 
 
@@ -83,7 +83,7 @@ def wait_for(ready: Callable[[], bool]) -> None:
 def test_a_server_dies_and_the_tuning_ends_with_a_valid_log(fleet, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(session_module, "FINALISTS", 1)
     tracker, servers = fleet
-    kernels = [dense_kernel(), norm_kernel()]
+    kernels = [dense_kernel(name="whole", threads=2), dense_kernel(name="pieces"), norm_kernel()]
     killed = []
 
     def report(_every, _one) -> None:
@@ -92,18 +92,19 @@ def test_a_server_dies_and_the_tuning_ends_with_a_valid_log(fleet, tmp_path, mon
             killed.append(servers[0])
 
     monkeypatch.setattr(session_module, "BATCH", 4)
-    with Pool(1, workers=2, tracker=tracker, on_start=short_budget) as pool:
-        session = Session(kernels, native(), 1, tmp_path, 0, pool)
+    with Pool(2, workers=2, tracker=tracker, on_start=short_budget) as pool:
+        session = Session(kernels, native(), 2, tmp_path, 0, pool)
         session.report = report
-        session.run(12)
+        session.run(16)
     assert killed
     log = read_log(tmp_path)
     assert log.problems == ()
     trials = [r for r in log.records if r.hand_seconds is None]
-    assert len(trials) == 12
+    assert len(trials) == 16
     assert all(r.error is None and r.seconds for r in trials)
     for kernel in kernels:
-        assert best_confirmed(r for r in log.records if r.key == kernel.key) is not None
+        case = (kernel.key, kernel.task.threads)
+        assert best_confirmed(r for r in log.records if (r.key, r.threads) == case) is not None
 
 
 def test_no_tracker_is_told(tmp_path) -> None:

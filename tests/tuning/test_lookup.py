@@ -41,9 +41,9 @@ def write(tmp_path):
     return write
 
 
-def look_up(directory, func, threads: int = 1):
+def look_up(directory, func, threads: int = 1, in_pieces: bool = False):
     tuned = TunedSchedules(TARGET, threads, [directory])
-    kernel = tuned.schedule("k", func, TARGET.tvm_target())
+    kernel = tuned.schedule("k", func, TARGET.tvm_target(), in_pieces=in_pieces)
     return kernel, tuned.outcomes["k"], tuned
 
 
@@ -72,11 +72,34 @@ def test_a_kernel_of_another_length_is_a_miss(write, kernel) -> None:
     assert str(outcome) == "miss (hand schedule)"
 
 
-def test_another_thread_count_is_a_miss(write, kernel) -> None:
-    directory = write(record(kernel, 1e-5, 2e-5, tile_m=3))
-    _, outcome, tuned = look_up(directory, kernel.space.workload["main"], threads=2)
+@pytest.mark.parametrize(("made", "wanted"), [(1, 2), (2, 1), (3, 2)])
+def test_another_thread_count_is_a_miss(write, kernel, made, wanted) -> None:
+    directory = write(record(dense_kernel(threads=made), 1e-5, 2e-5, tile_m=3))
+    _, outcome, tuned = look_up(directory, kernel.space.workload["main"], wanted)
     assert outcome.kind == "miss"
-    assert tuned.digest is None
+    assert (tuned.digest is None) == (made > 1)  # one thread's may be for kernels in pieces
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_in_pieces_takes_the_records_of_one_thread(write, kernel, threads) -> None:
+    directory = write(record(dense_kernel(threads=2), 1e-5, 3e-5, tile_m=2))
+    func = kernel.space.workload["main"]
+    _, outcome, _ = look_up(directory, func, threads, in_pieces=True)
+    assert str(outcome) == "miss (hand schedule)"
+    write(record(kernel, 1e-5, 2e-5, tile_m=3))
+    found, outcome, _ = look_up(directory, func, threads, in_pieces=True)
+    assert (str(outcome), outcome.source) == ("hit", "tuned")
+    wanted = kernel.space.schedule({**kernel.space.hand, "tile_m": 3}).mod["main"]
+    assert tvm_ffi.structural_equal(found.func, generate(wanted, TARGET.tvm_target()).func)
+
+
+def test_the_digest_holds_what_kernels_in_pieces_may_take(write, kernel) -> None:
+    directory = write(record(dense_kernel(threads=2), 1e-5, 2e-5, tile_m=3))
+    digests = [TunedSchedules(TARGET, 2, [directory]).digest]
+    for threads in (1, 3):
+        write(record(dense_kernel(threads=threads), 1e-5, 2e-5, tile_m=3))
+        digests.append(TunedSchedules(TARGET, 2, [directory]).digest)
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_a_record_that_was_not_confirmed_is_a_miss(write, kernel) -> None:
@@ -169,10 +192,13 @@ def test_shipped_logs_are_found_by_target(tmp_path, kernel, monkeypatch) -> None
 
 def test_strict_names_what_is_missing(write, kernel, tmp_path) -> None:
     phases = []
-    with pytest.raises(CompileError, match=r"strict: \d+ of \d+ kernels .* dense_\w+: miss"):
-        compile_model(
-            mega(), tuning_log=write(record(kernel)), strict=True, output=tmp_path / "m.so",
-            on_phase=phases.append,
-        )  # fmt: skip
+    options = {"tuning_log": write(record(kernel)), "strict": True, "output": tmp_path / "m.so"}
+    options |= {"symbolic": False, "stream": False, "on_phase": phases.append}
+    told = (
+        r"strict: \d+ of \d+ kernels .* dense_1x24x13x16: miss .*\. "
+        r"Tune them with python -m mega_tvm.tune --target native --threads 2, or"
+    )
+    with pytest.raises(CompileError, match=told):  # 48 frames: two pieces of 24 rows
+        compile_model(mega(), seq_len=48, threads=2, **options)
     assert phases[-1] == "schedule"  # before the slow phases
     assert not (tmp_path / "m.so").exists()

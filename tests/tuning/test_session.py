@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mega_tvm.errors import TuningError
@@ -127,7 +129,7 @@ def test_what_was_best_at_another_length_is_tried_first(tmp_path) -> None:
     assert dict(pool.measured[1][1:])["tile_m"] == 3
 
     pool = FakePool(quick_tiles)  # and with other threads
-    Session(kernels[:1], native(2), 2, tmp_path, 0, pool).run(2)
+    Session([dense_kernel(256, "one", threads=2)], native(), 2, tmp_path, 0, pool).run(2)
     assert dict(pool.measured[1][1:])["tile_m"] == 3
 
 
@@ -170,9 +172,51 @@ def test_records_by_other_versions_are_not_built_on(kernels, tmp_path, monkeypat
 def test_other_thread_counts_are_other_records(kernels, tmp_path) -> None:
     session(kernels, tmp_path, FakePool(quick_tiles)).run(20)
     pool = FakePool(quick_tiles)
-    Session([dense_kernel()], native(2), 2, tmp_path, 0, pool).run(5)
+    Session([dense_kernel(threads=2)], native(), 2, tmp_path, 0, pool).run(5)
     assert len(pool.measured) == 5
     assert {r.threads for r in read_log(tmp_path).records} == {1, 2}
+
+
+def test_a_kernel_whole_and_in_pieces_is_two(tmp_path) -> None:
+    """What one thread's tuning found is taken over; two threads' is a search of its own."""
+    pieces, whole = dense_kernel(name="pieces"), dense_kernel(name="whole", threads=2)
+    session([pieces], tmp_path, FakePool(quick_tiles)).run(20)
+    before = read_log(tmp_path).records
+
+    first = FakePool(quick_tiles)
+    first.interrupt_after = 10
+    both = Session([pieces, whole], native(), 2, tmp_path, 0, first)
+    assert [progress.trials for progress in both.kernels] == [20, 0]
+    with pytest.raises(KeyboardInterrupt):
+        both.run(60)
+    second = FakePool(quick_tiles)
+    resumed = Session([pieces, whole], native(), 2, tmp_path, 0, second)
+    resumed.run(60)
+    assert 20 + len(first.measured) + len(second.measured) == 60
+    assert not set(first.measured) & set(second.measured)
+    log = read_log(tmp_path)
+    assert log.records[: len(before)] == before
+    for progress in resumed.kernels:
+        threads = progress.kernel.task.threads
+        ours = [r for r in log.records if r.threads == threads]
+        assert progress.trials == sum(r.hand_seconds is None for r in ours) > 10
+        assert progress.confirmed in ours
+    assert [run["threads"] for run in log.runs] == [1, 2, 2]
+
+
+def test_calls_side_by_side_count_once(tmp_path) -> None:
+    """Of two kernels as slow and as often called, the one in pieces has half the weight."""
+    kernels = [
+        dataclasses.replace(dense_kernel(256, "pieces"), calls=8, in_a_row=4),
+        dataclasses.replace(dense_kernel(257, "whole", threads=2), calls=8, in_a_row=8),
+    ]
+    hands = [kernel.space.hand for kernel in kernels]
+    pool = FakePool(lambda _, d: Result(3e-5 if d in hands else 1e-5))
+    tuning = Session(kernels, native(), 2, tmp_path, 0, pool)
+    tuning.run(160)
+    names = [name for name, *_ in pool.measured]
+    assert names.count("whole") > names.count("pieces") > 40
+    assert tuning.curve[-1][2] == pytest.approx((4 + 8) * 20)
 
 
 def test_the_slowest_kernel_gets_most_trials(tmp_path) -> None:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import tvm_ffi
 
+from mega_tvm.tuning import worker_main
 from mega_tvm.tuning.workers import Pool, WorkerError
-from tests.tuning.builders import FAULTS, dense_kernel, install_faults, norm_kernel
+from tests.tuning.builders import (
+    FAULTS,
+    dense_kernel,
+    install_faults,
+    norm_kernel,
+    short_budget,
+)
 
 GOOD = 7
+
+
+def threads_of_the_pool() -> int:
+    return int(tvm_ffi.get_global_func("runtime.NumThreads")())
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,21 @@ def test_two_workers_share_a_batch(kernel) -> None:
         assert len(results) == 5
         assert all(result.seconds for result in results)
         assert pool.measure(other.task, []) == []
+
+
+def test_each_task_has_its_thread_count() -> None:
+    with Pool(2, workers=1, on_start=short_budget) as pool:
+        for kernel in (dense_kernel(threads=2), norm_kernel(), dense_kernel(threads=2)):
+            (result,) = pool.measure(kernel.task, [kernel.space.hand])
+            assert result.error is None
+            found = pool._workers[0].call(threads_of_the_pool, limit_s=10)
+            assert found == kernel.task.threads
+
+
+def test_too_few_threads_are_told() -> None:
+    runtime = {"runtime.config_threadpool": lambda *_: None, "runtime.NumThreads": lambda: 1}
+    with pytest.raises(RuntimeError, match="start the RPC server with TVM_NUM_THREADS=2"):
+        worker_main._use_threads(runtime.__getitem__, 2)
 
 
 def test_a_task_that_no_worker_can_read(pool, kernel) -> None:
