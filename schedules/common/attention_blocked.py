@@ -174,8 +174,7 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
             for i in T.serial(n_rows):
                 limit = T.meta_var(first_pos + row + i + 1 if causal else K)
                 vectors = T.meta_var((seen + L - 1) // L)
-                rescale = T.meta_var(None if one_span else factor)
-                weigh(s, peak, total, rescale, r + i, i, first, limit, vectors)
+                weigh(s, peak, total, factor, r + i, i, first, limit, vectors)
                 if one_span:
                     factor[i] = T.float32(1) / (total[r + i] + T.float32(ATTENTION_EPS))
             mix(s, v, gate, out, o, factor, b, row, r, first, seen, n_rows)

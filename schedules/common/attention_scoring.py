@@ -53,8 +53,7 @@ class Scoring:
         ``(s, peak, total, rescale, r, i, first, limit, vectors)``: turn the scores ``s[i, :]`` of
         the keys ``first, first + 1, ...``, so many vectors of them, into weights; those at
         ``limit`` and beyond become 0. Updates the running values of row ``r``, and stores in
-        ``rescale[i]`` the factor by which the row's earlier output must shrink; of rows whose keys
-        all come at once, there is no earlier output, and ``rescale`` is None.
+        ``rescale[i]`` the factor by which the row's earlier output must shrink.
     rescales : bool
         Whether ``rescale`` can differ from 1.
     causal : bool

@@ -67,12 +67,9 @@ def softmax(scale: float, L: int) -> Scoring:
                     ),
                 )
         fold_max(part, 0, L)
-        if rescale is None:
-            highest[0] = part[0, 0]
-        else:
-            highest[0] = T.max(peak[r], part[0, 0])
-            rescale[i] = weight(peak[r], highest[0])
-            peak[r] = highest[0]
+        highest[0] = T.max(peak[r], part[0, 0])
+        rescale[i] = weight(peak[r], highest[0])
+        peak[r] = highest[0]
         for lane in T.vectorized(L):
             part[0, lane] = T.float32(0)
         for j in T.serial(vectors):
@@ -85,10 +82,7 @@ def softmax(scale: float, L: int) -> Scoring:
             for lane in T.vectorized(L):
                 part[0, lane] = part[0, lane] + s[i, j * L + lane]
         fold_sum(part, 0, L)
-        if rescale is None:
-            total[r] = part[0, 0]
-        else:
-            total[r] = total[r] * rescale[i] + part[0, 0]
+        total[r] = total[r] * rescale[i] + part[0, 0]
 
     return Scoring(
         accumulate=lambda acc, q, k: acc + q * k,
