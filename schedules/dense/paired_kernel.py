@@ -22,7 +22,7 @@ from .kernel import LINE
 from .naive import dense_prim_func
 from .outputs import fetching, storing
 from .packing import PanelLayout
-from .pairs import GROUP, TILE_VECTORS, multiplying, preparing
+from .pairs import FACTORS, GROUP, SCALE, TERMS, TILE_VECTORS, multiplying, preparing
 from .panels import emit_panel
 
 # From so many blocks on a thread gets whole blocks, and prepares the rows of each by itself: they
@@ -31,10 +31,9 @@ MANY_BLOCKS = 8
 
 
 class _Buffers(NamedTuple):
-    """What a tile reads and writes; ``rows`` are prepared, with their ``factors``."""
+    """What a tile reads and writes; ``rows`` are prepared."""
 
     rows: Any
-    factors: Any
     w: Any
     b: Any
     residual: Any
@@ -63,7 +62,7 @@ def paired_kernel(
     block_rows = ceil_div(tiles.count, blocks) * tiles.heights[0]
     # An odd number of lines: at a power of two a tile's rows fall into the same few sets of L1 (60
     # rows of 768 4% slower, of 1024 36%, of 1536 2.8 times as long).
-    row_size = (ceil_div(K, LINE) | 1) * LINE
+    row_size = (ceil_div(K + FACTORS, LINE) | 1) * LINE
     prepare, multiply = preparing(K, L), multiplying(K, L)
     store, fetch_outputs = storing(layout), fetching(layout)
     # Of the next panel's lines, each tile fetches some every two groups.
@@ -108,7 +107,7 @@ def paired_kernel(
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
                     terms = T.meta_var(to.b[2 * padded_n + first + j * L + lane])
-                    acc[i, j * L + lane] = terms + to.factors[r + i, 1]
+                    acc[i, j * L + lane] = terms + to.rows[r + i, K + TERMS]
         if prefetch > 0:
             fetch_outputs(to.residual, to.y, m, first, height, vectors)
         at = T.meta_var(base + c * tile_width)
@@ -116,7 +115,7 @@ def paired_kernel(
         for i in T.unroll(height):
             for j in T.unroll(vectors):
                 for lane in T.vectorized(L):
-                    acc[i, j * L + lane] = acc[i, j * L + lane] * to.factors[r + i, 0]
+                    acc[i, j * L + lane] = acc[i, j * L + lane] * to.rows[r + i, K + SCALE]
         store(acc, to.b, to.residual, to.y, m, first, height, vectors)
 
     @T.inline
@@ -144,21 +143,19 @@ def paired_kernel(
         if blocks >= MANY_BLOCKS:
             for block in T.parallel(blocks):
                 rows = T.alloc_buffer((block_rows, row_size), "float32")
-                factors = T.alloc_buffer((block_rows, 2), "float32")
-                to = T.meta_var(_Buffers(rows, factors, w, b, residual, y))
+                to = T.meta_var(_Buffers(rows, w, b, residual, y))
                 above = T.meta_var(tiles.start(block * tiles.count // blocks))
                 below = T.meta_var(tiles.start((block + 1) * tiles.count // blocks))
                 for r in T.serial(below - above):
-                    prepare(x, rows, factors, above + r, r)
+                    prepare(x, rows, above + r, r)
                 for panel in T.serial(panels):
                     block_tiles(to, block, above, panel)
         else:
             rows = T.alloc_buffer((M, row_size), "float32")
-            factors = T.alloc_buffer((M, 2), "float32")
-            to = T.meta_var(_Buffers(rows, factors, w, b, residual, y))
+            to = T.meta_var(_Buffers(rows, w, b, residual, y))
             for m in T.parallel(M):
                 first_lines(w, b, m)
-                prepare(x, rows, factors, m, m)
+                prepare(x, rows, m, m)
             for g in T.parallel(blocks * panels):
                 block_tiles(to, g // panels, 0, g % panels)
 

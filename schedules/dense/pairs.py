@@ -53,6 +53,7 @@ LANES = 16  # AVX-512: AVX2 has neither operands that are broadcast nor masks
 GROUP = 3  # elements of k: a pair and a single one
 LEAST_K = GROUP * LANES  # a vector of groups
 CHAINS = 4  # of additions that do not wait for each other, in the sums over a row
+FACTORS, SCALE, TERMS = 2, 0, 1  # behind a prepared row
 TILE_VECTORS = 2  # of a register tile; more would need more offsets
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127
 
@@ -83,9 +84,9 @@ def scaled_columns(w: Array, b: Array) -> tuple[Array, Array]:
 
 
 def preparing(k: int, lanes: int) -> Callable[..., None]:
-    """Return the inline ``(x, rows, factors, m, r)``: row ``m`` of x to row ``r``, scaled.
+    """Return the inline ``(x, rows, m, r)``: row ``m`` of x to row ``r``, scaled.
 
-    ``factors[r]`` gets what undoes the scale, and the row's terms, to be added.
+    Behind it stand what undoes the scale (`SCALE`) and the row's terms, to be added (`TERMS`).
     """
     pairs = k // GROUP
     # Where no vector divides, the last one overlaps with that before: a short one would keep the
@@ -122,7 +123,7 @@ def preparing(k: int, lanes: int) -> Callable[..., None]:
         fold_sum(total, at, CHAINS * lanes)
 
     @T.inline
-    def prepare(x, rows, factors, m, r):
+    def prepare(x, rows, m, r):
         total = T.alloc_buffer((2, CHAINS * lanes), "float32", scope="local")  # squares, and terms
         scale = T.alloc_buffer((1,), "float32", scope="local")
         clear(total, 2, CHAINS, lanes)
@@ -132,8 +133,8 @@ def preparing(k: int, lanes: int) -> Callable[..., None]:
         mean = T.meta_var(T.reinterpret("int32", total[0, 0] * T.float32(1 / k)))
         root = T.meta_var(((mean >> _MANTISSA_BITS) - _EXPONENT_BIAS + 1) >> 1)
         scale[0] = T.reinterpret("float32", (_EXPONENT_BIAS - root) << _MANTISSA_BITS)
-        factors[r, 0] = T.reinterpret("float32", (_EXPONENT_BIAS + root) << _MANTISSA_BITS)
-        factors[r, 1] = total[1, 0] * scale[0] * scale[0]
+        rows[r, k + SCALE] = T.reinterpret("float32", (_EXPONENT_BIAS + root) << _MANTISSA_BITS)
+        rows[r, k + TERMS] = total[1, 0] * scale[0] * scale[0]
         for c in T.serial(ceil_div(k, lanes)):
             at = T.meta_var(T.min(c * lanes, k - lanes))
             for lane in T.vectorized(lanes):
