@@ -64,14 +64,24 @@ def distance_kernel(threads: int, target: Target, accumulate: Accumulate) -> tir
 
 def measure_distances(target: Target, threads: int) -> tuple[float, ...]:
     """Return the vectors a second, in billions, of each ``l1_form``."""
-    return tuple(_rate(target, threads, accumulate) for accumulate in L1_FORMS)
+    kernels = (distance_kernel(threads, target, accumulate) for accumulate in L1_FORMS)
+    return tuple(vectors_per_s(kernel, target, WIDTH * PASSES) for kernel in kernels)
 
 
-def _rate(target: Target, threads: int, accumulate: Accumulate) -> float:
-    func = distance_kernel(threads, target, accumulate)
+def vectors_per_s(func: tirx.PrimFunc, target: Target, steps: int) -> float:
+    """Return how many vectors a second, in billions, a kernel adds to its output.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        The output comes last.
+    target : Target
+    steps : int
+        Times that each vector of the output is added to.
+    """
     shapes = [tuple(map(int, param.shape)) for param in func.params]
     arguments: list[Any] = [tvm.runtime.tensor(np.zeros(shape, np.float32)) for shape in shapes]
-    timer = build(func, target).jit().time_evaluator("distances", tvm.cpu(), number=1, repeat=5)
+    name = str(func.attrs["global_symbol"])
+    timer = build(func, target).jit().time_evaluator(name, tvm.cpu(), number=1, repeat=5)
     seconds = agreed(lambda: float(min(timer(*arguments).results)))
-    vectors = np.prod(shapes[-1]) / vector_unit(target).lanes * WIDTH * PASSES
-    return float(vectors / seconds / 1e9)
+    return float(np.prod(shapes[-1]) / vector_unit(target).lanes * steps / seconds / 1e9)

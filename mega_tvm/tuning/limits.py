@@ -2,9 +2,9 @@
 
 A kernel is bound by the largest of three: the cycles of the units that multiply and add, the bytes
 of its activations in the core's own cache, and the bytes of its weights, which come from behind it.
-Each is told by a rate that was measured in the same run; L1 distances, which keep other units busy
-too, have one of their own (`distance_rate`). Work that is done for nobody does not count, but for
-what a vector of keys or columns brings with it.
+Each is told by a rate that was measured in the same run; L1 distances and products in pairs, which
+keep other units busy too, have their own (`distance_rate`, `pair_rate`). Work that is done for
+nobody does not count, but for what a vector of keys or columns brings with it.
 
 A layer norm is bound by the copy: a vector takes 2 cycles of the FMA units (the square, the
 product), 2 of the units beside them that add (sum, deviation) and 2 for its store, measured on a
@@ -26,7 +26,6 @@ import tvm
 
 from schedules.common.cpu_features import vector_unit
 from schedules.dense.cpu import paired_rows
-from schedules.dense.pairs import GROUP
 
 from ..bench.ceilings import (
     READ_STREAMS,
@@ -38,6 +37,7 @@ from ..bench.ceilings import (
 )
 from ..targets import resolve_target
 from .distance_rate import measure_distances
+from .pair_rate import measure_pairs
 from .trial import COLD_BYTES
 
 # Instructions of an exponential that go where FMAs go: 8 FMAs and a product, see
@@ -62,6 +62,8 @@ class Limits:
         FMAs on registers.
     distances : tuple of float
         Vectors of components added to L1 distances, in billions a second, by ``l1_form``.
+    pairs : float
+        Vectors of multiply-adds in pairs, in billions a second; 0 without AVX-512.
     copy_gb_per_s : float
         Read and written in L2.
     read_gb_per_s : float
@@ -71,6 +73,7 @@ class Limits:
     lanes: int
     fma_gflops: float
     distances: tuple[float, ...]
+    pairs: float
     copy_gb_per_s: float
     read_gb_per_s: float
 
@@ -87,6 +90,8 @@ class Work:
         Bytes.
     distances : float
         Vectors of components added to L1 distances.
+    pairs : float
+        Vectors of multiply-adds in pairs.
     l1_form : int
         How.
     """
@@ -95,6 +100,7 @@ class Work:
     activations: float = 0.0
     weights: float = 0.0
     distances: float = 0.0
+    pairs: float = 0.0
     l1_form: int = 0
 
 
@@ -132,10 +138,11 @@ def _dense(spec: Mapping[str, Any], lanes: int) -> Work:
     activated = SWIGLU * out_n if spec["swiglu"] else 0
     if 0 <= spec["sigmoid_from"] < n:
         activated = SIGMOID * (n - spec["sigmoid_from"])
-    # Of 6 multiply-adds in pairs 4 are left to the FMA units, and as many additions beside them.
-    products = k * n * (1 - 1 / GROUP if spec["paired"] and paired_rows(rows) else 1)
+    in_pairs = bool(spec["paired"] and paired_rows(rows))
+    products = rows * k * n / lanes
     return Work(
-        vectors=rows * (products + activated) / lanes,
+        vectors=(0 if in_pairs else products) + rows * activated / lanes,
+        pairs=products if in_pairs else 0,
         activations=4.0 * rows * (k + out_n * (2 if spec["residual"] else 1)),
         weights=4.0 * k * n,
     )
@@ -173,11 +180,14 @@ def _scores(scored: float, rest: float, bytes_: float, products: bool) -> Work:
 def bound(work: Work, limits: Limits) -> tuple[float, str]:
     """Return the least seconds of a kernel, and what bounds it: FMA, copy or weights.
 
-    Distances count to FMA: their units are the same, or stand beside them.
+    Distances and pairs count to FMA: their units are the same, or stand beside them.
     """
     fma_s = 2 * limits.lanes * work.vectors / limits.fma_gflops / 1e9
+    fma_s += work.distances / limits.distances[work.l1_form] / 1e9
+    if work.pairs:
+        fma_s += work.pairs / limits.pairs / 1e9
     times = {
-        "FMA": fma_s + work.distances / limits.distances[work.l1_form] / 1e9,
+        "FMA": fma_s,
         "copy": work.activations / limits.copy_gb_per_s / 1e9,
         "weights": work.weights / limits.read_gb_per_s / 1e9,
     }
@@ -196,6 +206,7 @@ def measure_limits(threads: int) -> Limits:
         lanes=lanes,
         fma_gflops=fma,
         distances=measure_distances(target, threads),
+        pairs=measure_pairs(target, threads),
         copy_gb_per_s=COPY_BYTES * threads / copy_s / 1e9,
         read_gb_per_s=COLD_BYTES / read_s / 1e9,
     )

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mega_tvm.bench import ceilings
-from mega_tvm.tuning import distance_rate, limits
+from mega_tvm.tuning import distance_rate, limits, pair_rate
 from mega_tvm.tuning.limits import Limits, Work, bound, work_of
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
@@ -31,6 +31,10 @@ def test_dense_counts_products_epilogue_and_bytes() -> None:
     assert swiglu.vectors - plain.vectors == 6 * limits.SWIGLU  # 16 units: a vector a row
     sigmoid = _work("dense", DenseSpec((2, 3), 8, 32, sigmoid_from=16))
     assert sigmoid.vectors - plain.vectors == 6 * limits.SIGMOID
+    paired = _work("dense", DenseSpec((2, 3), 48, 32, paired=True, sigmoid_from=16))
+    assert (paired.vectors, paired.pairs) == (6 * limits.SIGMOID, 6 * 48 * 32 / 16)
+    few = _work("dense", DenseSpec((1, 3), 48, 32, paired=True))
+    assert (few.vectors, few.pairs) == (3 * 48 * 32 / 16, 0)
     residual = _work("dense", DenseSpec((2, 3), 8, 32, residual=True))
     assert residual.activations - plain.activations == 4 * 6 * 32
 
@@ -64,6 +68,7 @@ def test_layer_norm_and_scan_count_products_and_bytes() -> None:
         (Work(vectors=1e9, activations=1.0, weights=1.0), 0.32, "FMA"),
         (Work(vectors=1e9, distances=1e9), 0.82, "FMA"),
         (Work(vectors=1e9, distances=1e9, l1_form=MAXIMUM), 0.57, "FMA"),
+        (Work(vectors=1e9, pairs=1e9), 0.52, "FMA"),
         (Work(vectors=1.0, activations=1e9, weights=1e9), 0.05, "weights"),
         (Work(vectors=1.0, activations=1e9, weights=1e6), 0.01, "copy"),
     ],
@@ -71,7 +76,12 @@ def test_layer_norm_and_scan_count_products_and_bytes() -> None:
 )
 def test_the_largest_of_three_bounds_a_kernel(work: Work, seconds: float, name: str) -> None:
     rates = Limits(
-        lanes=16, fma_gflops=100, distances=(2.0, 4.0), copy_gb_per_s=100, read_gb_per_s=20
+        lanes=16,
+        fma_gflops=100,
+        distances=(2.0, 4.0),
+        pairs=5.0,
+        copy_gb_per_s=100,
+        read_gb_per_s=20,
     )
     found = bound(work, rates)
     assert found == (pytest.approx(seconds), name)
@@ -91,6 +101,16 @@ def test_distances_add_up_in_registers(mcpu: str) -> None:
         assert len(loop.arithmetic) == (2 if form == MAXIMUM else 3) * loop.fma_count, str(loop)
 
 
+def test_pairs_add_up_in_registers() -> None:
+    """The loop of a kernel's tile, but for its loads of weights."""
+    text = assembly_of(compiled(pair_rate.pair_kernel(1), cpu_target("x86-64-v4")))
+    loop = max(inner_loops(text), key=lambda loop: loop.fma_count)
+    assert not loop.faults() and not loop.reloads(), str(loop)
+    counts = [sum(i.opcode.startswith(op) for i in loop.body) for op in ("vadd", "vsub", "vf")]
+    assert counts == [40, 40, 80]
+    assert sum("{1to16}" in str(i) for i in loop.body) == 120
+
+
 def test_kernels_without_a_model_have_no_ceiling() -> None:
     assert work_of("cached_attention", {}, 16) is None
 
@@ -99,8 +119,10 @@ def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "FMA_STEPS", 1000)
     monkeypatch.setattr(limits, "COLD_BYTES", 1 << 20)
     monkeypatch.setattr(distance_rate, "PASSES", 2)
+    monkeypatch.setattr(pair_rate, "PASSES", 2)
     found = limits.measure_limits(1)
     assert len(found.distances) == 2 and min(found.distances) > 0.01
+    assert (found.pairs > 0.01) == (found.lanes == 16)
     assert found.fma_gflops > 1 and found.copy_gb_per_s > 0.1 and found.read_gb_per_s > 0.1
 
 

@@ -219,8 +219,8 @@ def test_the_summary_takes_each_kernels_thread_count() -> None:
         kernel = dataclasses.replace(kernel, calls=6, in_a_row=in_a_row)
         confirmed = record(kernel, 1e-5, 2e-5)
         found.append(Progress(kernel, Search(kernel.space, 0), confirmed=confirmed))
-    slow = Limits(16, 100.0, (1.0, 1.0), copy_gb_per_s=0.064, read_gb_per_s=100.0)
-    fast = Limits(16, 100.0, (1.0, 1.0), copy_gb_per_s=100.0, read_gb_per_s=0.416)
+    slow = Limits(16, 100.0, (1.0, 1.0), 1.0, copy_gb_per_s=0.064, read_gb_per_s=100.0)
+    fast = Limits(16, 100.0, (1.0, 1.0), 1.0, copy_gb_per_s=100.0, read_gb_per_s=0.416)
     table = summary(found, {1: slow, 2: fast})
     columns = [column.cells for column in table.columns]
     rows = {name: cells for name, *cells in zip(*columns, strict=True)}
