@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mega_tvm.c_function import serial_form
+from mega_tvm.targets import resolve_target
 from mega_tvm.tolerances import assert_parity
 from schedules.common.decisions import read
 from schedules.dense.naive import DenseSpec, dense
@@ -203,7 +204,7 @@ def test_scaled_columns() -> None:
 @pytest.mark.parametrize("form", [lambda func: func, serial_form], ids=["whole", "in_a_piece"])
 def test_inner_loop(spec, form) -> None:
     """Two groups of a 10 x 2 tile: 80 additions, 80 FMAs in place, and every x an operand."""
-    target = cpu_target("x86-64-v4")
+    target = resolve_target("x86-64-v4").tvm_target()  # as a compile has it
     text = assembly_of(compiled(form(scheduled(dense(_paired(spec)), target).func), target))
     # LLVM would read the factors of all rows ahead of the loop over panels, and keep them there.
     assert len(re.findall(r"%zmm\d+, -?\d+\(%rsp", text)) <= SPILLED
