@@ -13,7 +13,7 @@ from schedules.common.dims import Extent
 from schedules.dense.naive import DenseSpec
 from schedules.registry import kernel_op
 
-from .lowering import C_FUNCTION_ATTR
+from .lowering import C_FUNCTION_ATTR, NOALIAS
 from .relax_ops import extents
 
 ITEM = 4  # bytes of a float32
@@ -101,7 +101,7 @@ def serial_form(func: tirx.PrimFunc) -> tirx.PrimFunc:
         )
 
     body = tvm_ffi.structural_map(func.body, [(tirx.For, serial)])
-    return func.with_body(body).without_attr("tirx.noalias")
+    return func.with_body(body).with_attr(NOALIAS, False)
 
 
 def overwritable(func: tirx.PrimFunc) -> int | None:

@@ -7,12 +7,16 @@ import warnings
 
 import numpy as np
 import pytest
+import tvm
 
 import mega_tvm
 from mega_tvm.bench.flops import executed_flops
+from mega_tvm.c_function import serial_form
 from mega_tvm.errors import MegaError
+from mega_tvm.lowering import NOALIAS, forget_noalias
 from mega_tvm.tolerances import assert_parity
 from mega_tvm.tracing import name_layers, trace
+from schedules.dense.naive import DenseSpec, dense
 from tests.compiler.models import float64, mega, resident_bytes
 
 ROWS, T = 16, 112  # seven pieces, the last in the middle of the order
@@ -118,3 +122,12 @@ def test_the_input_is_not_written_over_and_windows_run_in_pieces(tmp_path, rng) 
         found = window.push(frames[:, t])
         whole = np.ascontiguousarray(frames[:, t - 59 : t + 1])
         np.testing.assert_array_equal(found, loaded(whole))
+
+
+def test_arguments_may_overlap_in_all_functions_or_in_none() -> None:
+    """Of what LLVM knows of one function's arguments, TVM tells it of others'."""
+    whole = dense(DenseSpec((1, 4), 8, 16)).with_attr(NOALIAS, True)
+    plain = tvm.IRModule({"a": whole, "b": whole})
+    assert forget_noalias(plain).same_as(plain)
+    mixed = forget_noalias(tvm.IRModule({"a": whole, "b": serial_form(whole)}))
+    assert [bool(func.attrs[NOALIAS]) for func in mixed.functions.values()] == [False, False]
