@@ -166,6 +166,16 @@ def distance_loops(text: str) -> list[Loop]:
     return [loop for loop in _accumulations(text) if _sums_distances(loop)]
 
 
+def assert_in_pairs(loop: Loop) -> None:
+    """Two groups of a 10 x 2 tile: 80 additions, 80 FMAs in place, and every x an operand."""
+    assert not loop.faults() and not loop.reloads(), str(loop)
+    counts = [sum(i.opcode.startswith(op) for i in loop.body) for op in ("vadd", "vsub", "vf")]
+    assert counts == [40, 40, 80]
+    assert not any(i.opcode.startswith("vbroadcast") for i in loop.body)
+    assert not any(i.opcode in ("vfmadd213ps", "vfnmadd213ps") for i in loop.body)
+    assert sum("{1to16}" in str(i) for i in loop.body) == 120
+
+
 def _sums_distances(loop: Loop) -> bool:
     opcodes = loop.opcodes()
     return "vsubps" in opcodes and any(opcode.startswith("vand") for opcode in opcodes)
