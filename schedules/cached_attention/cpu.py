@@ -188,7 +188,7 @@ def _kernel(spec: CachedAttentionSpec, unit: VectorUnit, tile_q: int, tile_k: in
             score_block(q, cache, s, b, row, p * BLOCK, n_rows, n_keys, tile)
             for i in T.serial(n_rows):
                 limit = T.meta_var(T.min(position + i + 1, N))
-                weigh(s, peak, total, rescale, i, i, p * BLOCK, limit, (n_keys + L - 1) // L)
+                weigh(s, peak, total, rescale, i, i, p * BLOCK, limit, (n_keys + L - 1) // L, 1)
             mix(s, cache, o, rescale, b, p * BLOCK, n_rows, n_keys, vectors)
         write(o, total, out, b, row, n_rows)
 

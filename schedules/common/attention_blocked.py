@@ -6,7 +6,8 @@
    a span, register tiles of ``tile_q`` queries by one panel of keys accumulate their scores over
    the width (`attention_scores`). A panel of keys and values takes 128 KB at width 256, and a span
    of them stays in L2 for all tiles of the block.
-3. Scores of a span become weights a row at a time (the one step in which the two forms differ).
+3. Scores of a span become weights, all rows of a tile together (the one step in which the two
+   forms differ).
 4. Weights times values: register tiles of ``tile_q`` queries by one group of value columns
    accumulate over the span's keys, onto the block's running output.
 5. After the last span: times the inverse of the sum of weights, and the gate. Where one span holds
@@ -171,11 +172,11 @@ def blocked_attention(spec: AttentionSpec, blocking: Blocking, scoring: Scoring)
                 for p in T.serial((seen + panel - 1) // panel):
                     at = T.meta_var(p * panel)
                     score_panel(q, kt, sums, s, b, to, row, r, slot + p, at, n_rows, seen=seen - at)
-            for i in T.serial(n_rows):
-                limit = T.meta_var(first_pos + row + i + 1 if causal else K)
-                vectors = T.meta_var((seen + L - 1) // L)
-                weigh(s, peak, total, factor, r + i, i, first, limit, vectors)
-                if one_span:
+            vectors = T.meta_var((seen + L - 1) // L)
+            limit = T.meta_var(first_pos + row + 1 if causal else K)
+            weigh(s, peak, total, factor, r, 0, first, limit, vectors, n_rows)
+            if one_span:
+                for i in T.unroll(n_rows):
                     factor[i] = T.float32(1) / (total[r + i] + T.float32(ATTENTION_EPS))
             mix(s, v, gate, out, o, factor, b, row, r, first, seen, n_rows)
 

@@ -53,36 +53,43 @@ def softmax(scale: float, L: int) -> Scoring:
         total[r] = T.float32(0)
 
     @T.inline
-    def weigh(s, peak, total, rescale, r, i, first, limit, vectors):
-        part = T.alloc_buffer((1, L), "float32", scope="local")
-        highest = T.alloc_buffer((1,), "float32", scope="local")
-        for lane in T.vectorized(L):
-            part[0, lane] = T.min_value("float32")
+    def weigh(s, peak, total, rescale, r, i, first, limit, vectors, n_rows):
+        part = T.alloc_buffer((n_rows, L), "float32", scope="local")
+        highest = T.alloc_buffer((n_rows,), "float32", scope="local")
+        for t in T.unroll(n_rows):
+            for lane in T.vectorized(L):
+                part[t, lane] = T.min_value("float32")
         for j in T.serial(vectors):
+            for t in T.unroll(n_rows):
+                for lane in T.vectorized(L):
+                    part[t, lane] = T.max(
+                        part[t, lane],
+                        T.Select(
+                            sees(first + j * L, lane, limit + t),
+                            s[i + t, j * L + lane],
+                            T.min_value("float32"),
+                        ),
+                    )
+        for t in T.unroll(n_rows):
+            fold_max(part, t, L)
+            highest[t] = T.max(peak[r + t], part[t, 0])
+            rescale[i + t] = weight(peak[r + t], highest[t])
+            peak[r + t] = highest[t]
             for lane in T.vectorized(L):
-                part[0, lane] = T.max(
-                    part[0, lane],
-                    T.Select(
-                        sees(first + j * L, lane, limit), s[i, j * L + lane], T.min_value("float32")
-                    ),
-                )
-        fold_max(part, 0, L)
-        highest[0] = T.max(peak[r], part[0, 0])
-        rescale[i] = weight(peak[r], highest[0])
-        peak[r] = highest[0]
-        for lane in T.vectorized(L):
-            part[0, lane] = T.float32(0)
+                part[t, lane] = T.float32(0)
         for j in T.serial(vectors):
-            for lane in T.vectorized(L):
-                s[i, j * L + lane] = T.Select(
-                    sees(first + j * L, lane, limit),
-                    weight(s[i, j * L + lane], highest[0]),
-                    T.float32(0),
-                )
-            for lane in T.vectorized(L):
-                part[0, lane] = part[0, lane] + s[i, j * L + lane]
-        fold_sum(part, 0, L)
-        total[r] = total[r] * rescale[i] + part[0, 0]
+            for t in T.unroll(n_rows):
+                for lane in T.vectorized(L):
+                    s[i + t, j * L + lane] = T.Select(
+                        sees(first + j * L, lane, limit + t),
+                        weight(s[i + t, j * L + lane], highest[t]),
+                        T.float32(0),
+                    )
+                for lane in T.vectorized(L):
+                    part[t, lane] = part[t, lane] + s[i + t, j * L + lane]
+        for t in T.unroll(n_rows):
+            fold_sum(part, t, L)
+            total[r + t] = total[r + t] * rescale[i + t] + part[t, 0]
 
     return Scoring(
         accumulate=lambda acc, q, k: acc + q * k,

@@ -39,7 +39,7 @@ from ..common.attention_scoring import Scoring, Shortcut, sees
 from ..common.attention_tiles import read_blocking, sample_blocking
 from ..common.cpu_features import vector_unit
 from ..common.kernel import ScheduledKernel
-from ..common.reduce import fold_sum
+from ..common.reduce import clear, fold_sum
 from .naive import LaplaceAttentionSpec
 
 DIFFERENCE, MAXIMUM = 0, 1
@@ -95,21 +95,22 @@ def laplace(L: int) -> Scoring:
         total[r] = T.float32(0)
 
     @T.inline
-    def weigh(s, peak, total, rescale, r, i, first, limit, vectors):
-        part = T.alloc_buffer((1, L), "float32", scope="local")
-        for lane in T.vectorized(L):
-            part[0, lane] = T.float32(0)
+    def weigh(s, peak, total, rescale, r, i, first, limit, vectors, n_rows):
+        part = T.alloc_buffer((n_rows, L), "float32", scope="local")
+        clear(part, n_rows, 1, L)
         for j in T.serial(vectors):
-            for lane in T.vectorized(L):
-                s[i, j * L + lane] = T.Select(
-                    sees(first + j * L, lane, limit),
-                    weight(s[i, j * L + lane], None),
-                    T.float32(0),
-                )
-            for lane in T.vectorized(L):
-                part[0, lane] = part[0, lane] + s[i, j * L + lane]
-        fold_sum(part, 0, L)
-        total[r] = total[r] + part[0, 0]
+            for t in T.unroll(n_rows):
+                for lane in T.vectorized(L):
+                    s[i + t, j * L + lane] = T.Select(
+                        sees(first + j * L, lane, limit),
+                        weight(s[i + t, j * L + lane], None),
+                        T.float32(0),
+                    )
+                for lane in T.vectorized(L):
+                    part[t, lane] = part[t, lane] + s[i + t, j * L + lane]
+        for t in T.unroll(n_rows):
+            fold_sum(part, t, L)
+            total[r + t] = total[r + t] + part[t, 0]
 
     return Scoring(
         accumulate=L1_FORMS[DIFFERENCE],
