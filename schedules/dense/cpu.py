@@ -50,6 +50,9 @@ PAIRED_ROWS, LEAST_PAIRED_ROWS = 10, 6
 # A model no wider than this has its weights in L2 from call to call (width 64: 21.9 us with
 # prefetches, 21.8 without). Wider ones lose 3 to 8% without; 2 panels ahead differ little from 1.
 NARROW = 192
+# Of so few k steps the start and end of a tile weigh more: a narrower one leaves registers for the
+# next tile's start (60 rows, k = 16, 256 columns: 4.35 us in place of 4.65). LLVM unrolls fewer.
+FEW_STEPS = range(12, 33)
 
 
 def schedule(sch: Schedule, target: Target) -> None:
@@ -139,10 +142,12 @@ def default_tile(spec: DenseSpec, unit: VectorUnit) -> tuple[int, int]:
     """Return the register tile (rows, vectors of a panel) that keeps the FMA units busy.
 
     AVX-512 holds 6x4 accumulators beside 4 weight vectors (28 of 32 registers), AVX2 6x2 beside 2
-    (14 of 16). Few columns get taller tiles. The number of rows has no say: kernels of all shapes
-    share their packed weights.
+    (14 of 16). Few columns get taller tiles, few k steps 6x3 accumulators (`FEW_STEPS`). The number
+    of rows has no say: kernels of all shapes share their packed weights.
     """
     accumulators = _accumulators(unit)
+    if unit.registers == 32 and spec.k in FEW_STEPS:
+        accumulators = 18
     vectors = PanelLayout(spec, unit.lanes, unit.lanes * (2 if spec.swiglu else 1)).padded_n
     panel = min(vectors // unit.lanes, accumulators // 6)
     if spec.swiglu:

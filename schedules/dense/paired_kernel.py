@@ -88,9 +88,9 @@ def paired_kernel(
     @T.inline
     def first_lines(w, b, m):
         # The kernel before may have fetched none of them.
-        for i in T.unroll(ceil_div(lines, M)):
+        for i in T.serial(ceil_div(lines, M)):
             fetch_line(w[(i * M + m) * LINE], READ, INTO_L2)
-        for i in T.unroll(ceil_div(ceil_div(layout.bias_size, LINE), M)):
+        for i in T.serial(ceil_div(ceil_div(layout.bias_size, LINE), M)):
             fetch_line(b[(i * M + m) * LINE], READ, INTO_L2)
 
     @T.inline
