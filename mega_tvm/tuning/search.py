@@ -87,23 +87,40 @@ class Search:
     def propose(self, count: int, first: Sequence[Decisions] = ()) -> list[Decisions]:
         """Return up to ``count`` candidates that were not measured; fewer where the space ends.
 
-        The hand schedule stands before all others, then ``first``: what is worth a try.
+        The hand schedule stands before all others, then ``first``: what is worth a try. Until the
+        model knows enough, candidates are the hand schedule with one decision changed: it is good,
+        and most of a space is far from it.
         """
         chosen: dict[Point, None] = {}
         for decisions in [self.space.hand, *first][:count]:
             point = self._point(decisions)
             if point not in self.measured:
                 chosen[point] = None
+        promising = math.ceil(count * (1 - EXPLORED)) - len(chosen)
         if sum(s is not None for s in self.measured.values()) >= LEAST_SAMPLES:
-            promising = math.ceil(count * (1 - EXPLORED)) - len(chosen)
-            for point in self._evolve()[:promising]:
-                chosen[point] = None
+            points = self._evolve()
+        else:
+            points = self._neighbours()
+        for point in points[: max(promising, 0)]:
+            chosen[point] = None
         count = min(count, self.space.size - len(self.measured))
         while len(chosen) < count:
             point = self._any()
             if point not in self.measured:
                 chosen[point] = None
         return [self._decisions(point) for point in chosen]
+
+    def _neighbours(self) -> list[Point]:
+        """Return candidates one decision away from the hand schedule that were not measured."""
+        hand = self._point(self.space.hand)
+        points = [
+            (*hand[:at], value, *hand[at + 1 :])
+            for at, values in enumerate(self._values)
+            for value in range(len(values))
+        ]
+        fresh = [point for point in points if point != hand and point not in self.measured]
+        self._random.shuffle(fresh)
+        return fresh
 
     def _evolve(self) -> list[Point]:
         """Return candidates that were not measured, the most promising first."""

@@ -40,6 +40,12 @@ def test_the_first_candidate_is_the_hand_schedule(space) -> None:
     assert Search(space, 3).propose(4)[0] == space.hand
 
 
+def test_the_next_ones_differ_from_it_in_one_decision(space) -> None:
+    _, *others = Search(space, 3).propose(6)
+    changed = [sum(other[name] != space.hand[name] for name in space.hand) for other in others]
+    assert changed.count(1) >= 4  # one is drawn from the whole space
+
+
 def test_nothing_is_proposed_twice(space) -> None:
     search = Search(space, 0)
     seen = []
