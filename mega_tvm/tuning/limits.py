@@ -43,6 +43,9 @@ from .trial import COLD_BYTES
 # Instructions of an exponential that go where FMAs go: 8 FMAs and a product, see
 # `schedules.common.vector_math`. A sigmoid adds 1 and divides beside it, SwiGLU multiplies by up.
 EXP, SIGMOID, SWIGLU = 9, 9, 10
+# Products in pairs scale an element of a row, square it, and multiply a third with another third;
+# of an output they undo the scales of the row and of the column, with the bias.
+PREPARED, UNSCALED = 7 / 3, 2
 # 1 / (1 + distance): an FMA, the distance being twice a score; the division runs beside.
 LAPLACE = 1
 # A copy within L2: half of it each for what is read and written.
@@ -140,8 +143,11 @@ def _dense(spec: Mapping[str, Any], lanes: int) -> Work:
         activated = SIGMOID * (n - spec["sigmoid_from"])
     in_pairs = bool(spec["paired"] and paired_rows(rows))
     products = rows * k * n / lanes
+    vectors = rows * activated / lanes
+    if in_pairs:
+        vectors += rows * (PREPARED * k + UNSCALED * n) / lanes
     return Work(
-        vectors=(0 if in_pairs else products) + rows * activated / lanes,
+        vectors=vectors if in_pairs else vectors + products,
         pairs=products if in_pairs else 0,
         activations=4.0 * rows * (k + out_n * (2 if spec["residual"] else 1)),
         weights=4.0 * k * n,

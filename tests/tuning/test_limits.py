@@ -32,7 +32,9 @@ def test_dense_counts_products_epilogue_and_bytes() -> None:
     sigmoid = _work("dense", DenseSpec((2, 3), 8, 32, sigmoid_from=16))
     assert sigmoid.vectors - plain.vectors == 6 * limits.SIGMOID
     paired = _work("dense", DenseSpec((2, 3), 48, 32, paired=True, sigmoid_from=16))
-    assert (paired.vectors, paired.pairs) == (6 * limits.SIGMOID, 6 * 48 * 32 / 16)
+    scaling = 6 * (48 * 7 / 3 + 32 * 2) / 16
+    assert paired.vectors == pytest.approx(6 * limits.SIGMOID + scaling)
+    assert paired.pairs == 6 * 48 * 32 / 16
     few = _work("dense", DenseSpec((1, 3), 48, 32, paired=True))
     assert (few.vectors, few.pairs) == (3 * 48 * 32 / 16, 0)
     residual = _work("dense", DenseSpec((2, 3), 8, 32, residual=True))
