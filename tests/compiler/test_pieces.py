@@ -28,24 +28,27 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
-def paths(model, tmp_path_factory):
-    """A library in pieces, one with a symbolic entry beside, and one of whole sequences."""
+def compiled(model, tmp_path_factory):
+    """Compile the model under a name, in short pieces."""
     folder = tmp_path_factory.mktemp("pieces")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        # By its module: the package has the pass under this name.
-        patch.setattr(sys.modules["mega_tvm.passes.split_rows"], "rows_for", lambda *_: ROWS)
-        kinds = {
-            "pieces": {},
-            "traced": {"symbolic": True},
-            "whole": {"disabled_passes": ["split_rows"]},
-        }
-        return {
-            name: mega_tvm.compile_model(
-                model, output=folder / f"{name}.so", seq_len=T, stream=False,
-                **{"symbolic": False, **options},
-            )
-            for name, options in kinds.items()
-        }  # fmt: skip
+
+    def compile_it(name, **options):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            # By its module: the package has the pass under this name.
+            patch.setattr(sys.modules["mega_tvm.passes.split_rows"], "rows_for", lambda *_: ROWS)
+            options = {"symbolic": False, "stream": False, **options}
+            return mega_tvm.compile_model(model, output=folder / f"{name}.so", seq_len=T, **options)
+
+    return compile_it
+
+
+@pytest.fixture(scope="module")
+def paths(compiled):
+    """A library in pieces, and one of whole sequences."""
+    return {
+        "pieces": compiled("pieces"),
+        "whole": compiled("whole", disabled_passes=["split_rows"]),
+    }
 
 
 @pytest.fixture
@@ -75,10 +78,14 @@ def test_calls_of_a_piece_count_once_a_piece(model, paths) -> None:
         assert executed_flops(pieces) == pytest.approx(executed_flops(whole), rel=0.01)
 
 
-def test_tracing_takes_the_symbolic_entry(model, paths, x) -> None:
+def test_what_runs_in_pieces_is_not_traced(paths, x) -> None:
     with pytest.raises(MegaError, match="runs its rows in pieces"):
         trace(mega_tvm.load(paths["pieces"]), "main", x)
-    calls = trace(mega_tvm.load(paths["traced"]), "main", x)
+
+
+@pytest.mark.parametrize("model", [False], ids=["softmax"], indirect=True)
+def test_tracing_takes_the_symbolic_entry(model, compiled, x) -> None:
+    calls = trace(mega_tvm.load(compiled("traced", symbolic=True)), "main", x)
     assert "mega_block_2_ffn_residual" in name_layers(calls, model.config)
 
 
