@@ -175,7 +175,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         with LiveReport(out, session.kernels, arguments.trials) as report:
             session.report = report
             session.run(arguments.trials)
-        counts = sorted({progress.kernel.task.threads for progress in session.kernels})
+        counts = sorted({1, *(progress.kernel.task.threads for progress in session.kernels)})
         limits = {} if tracker or on_gpu else {count: pool.limits(count) for count in counts}
     out.width = max(out.width, TABLE_WIDTH)
     out.print(summary(session.kernels, limits))

@@ -108,6 +108,27 @@ def read_kernel(threads: int, lanes: int, vectors: int) -> tirx.PrimFunc:
     return read
 
 
+def region_kernel(threads: int, apart: int) -> tirx.PrimFunc:
+    """Return a PrimFunc ``(out)`` whose threads write one element each, ``apart`` from the next."""
+
+    @T.prim_func(s_tir=True)
+    def region(out: T.Buffer((threads, apart), "float32")):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "region"})
+        for t in T.parallel(threads):
+            out[t, 0] = T.float32(0)
+
+    return region
+
+
+@T.inline
+def leave(acc, out, t, rows, vectors, lanes):
+    """Store a register tile of thread ``t``: what is not stored is not computed."""
+    for i in T.unroll(rows):
+        for j in T.unroll(vectors):
+            for lane in T.vectorized(lanes):
+                out[t, i, j * lanes + lane] = acc[i, j * lanes + lane]
+
+
 def innermost_loop(assembly: str, instruction: str) -> list[str]:
     """Return the instructions of the loop that holds the most of ``instruction``.
 
@@ -161,6 +182,25 @@ def measure_fma(target: Target, threads: int, repeats: int = 5) -> float:
     out = tvm.runtime.tensor(np.zeros((threads, registers * lanes), dtype=np.float32))
     seconds = agreed(lambda: _best(lambda: fma(a, b, out), repeats))
     return 2 * FMA_STEPS * registers * lanes * threads / seconds / 1e9
+
+
+def vectors_per_s(func: tirx.PrimFunc, target: Target, steps: int) -> float:
+    """Return how many vectors a second, in billions, a kernel adds to its output.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        The output comes last.
+    target : Target
+    steps : int
+        Times that each vector of the output is added to.
+    """
+    shapes = [tuple(map(int, param.shape)) for param in func.params]
+    arguments: list[Any] = [tvm.runtime.tensor(np.zeros(shape, np.float32)) for shape in shapes]
+    name = str(func.attrs["global_symbol"])
+    timer = build(func, target).jit().time_evaluator(name, tvm.cpu(), number=1, repeat=5)
+    seconds = agreed(lambda: float(min(timer(*arguments).results)))
+    return float(np.prod(shapes[-1]) / vector_unit(target).lanes * steps / seconds / 1e9)
 
 
 def _filled(size: int, value: float) -> Any:

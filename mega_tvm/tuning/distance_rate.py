@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.target import Target
@@ -20,7 +18,7 @@ from schedules.common.memory_operands import apart
 from schedules.common.reduce import clear
 from schedules.laplace_attention.cpu import L1_FORMS
 
-from ..bench.ceilings import agreed, build
+from ..bench.ceilings import leave, vectors_per_s
 
 # Components of a query, which stay in L1, and how often they are gone through.
 WIDTH, PASSES = 256, 100
@@ -54,10 +52,7 @@ def distance_kernel(threads: int, target: Target, accumulate: Accumulate) -> tir
                                 acc[i, j * L + lane] = accumulate(
                                     acc[i, j * L + lane], q[i, at], k[j * L + lane]
                                 )
-            for i in T.unroll(rows):
-                for j in T.unroll(vectors):
-                    for lane in T.vectorized(L):
-                        out[t, i, j * L + lane] = acc[i, j * L + lane]
+            leave(acc, out, t, rows, vectors, L)
 
     return distances
 
@@ -66,22 +61,3 @@ def measure_distances(target: Target, threads: int) -> tuple[float, ...]:
     """Return the vectors a second, in billions, of each ``l1_form``."""
     kernels = (distance_kernel(threads, target, accumulate) for accumulate in L1_FORMS)
     return tuple(vectors_per_s(kernel, target, WIDTH * PASSES) for kernel in kernels)
-
-
-def vectors_per_s(func: tirx.PrimFunc, target: Target, steps: int) -> float:
-    """Return how many vectors a second, in billions, a kernel adds to its output.
-
-    Parameters
-    ----------
-    func : PrimFunc
-        The output comes last.
-    target : Target
-    steps : int
-        Times that each vector of the output is added to.
-    """
-    shapes = [tuple(map(int, param.shape)) for param in func.params]
-    arguments: list[Any] = [tvm.runtime.tensor(np.zeros(shape, np.float32)) for shape in shapes]
-    name = str(func.attrs["global_symbol"])
-    timer = build(func, target).jit().time_evaluator(name, tvm.cpu(), number=1, repeat=5)
-    seconds = agreed(lambda: float(min(timer(*arguments).results)))
-    return float(np.prod(shapes[-1]) / vector_unit(target).lanes * steps / seconds / 1e9)

@@ -4,7 +4,8 @@ A kernel is bound by the largest of three: the cycles of the units that multiply
 of its activations in the core's own cache, and the bytes of its weights, which come from behind it.
 Each is told by a rate that was measured in the same run; L1 distances and products in pairs, which
 keep other units busy too, have their own (`distance_rate`, `pair_rate`). Work that is done for
-nobody does not count, but for what a vector of keys or columns brings with it.
+nobody does not count, but for what a vector of keys or columns brings with it. Several threads need
+a parallel loop, which has a least time too.
 
 A layer norm is bound by the copy: a vector takes 2 cycles of the FMA units (the square, the
 product), 2 of the units beside them that add (sum, deviation) and 2 for its store, measured on a
@@ -26,6 +27,7 @@ import tvm
 
 from schedules.common.cpu_features import vector_unit
 from schedules.dense.cpu import paired_rows
+from schedules.dense.kernel import LINE
 
 from ..bench.ceilings import (
     READ_STREAMS,
@@ -34,6 +36,7 @@ from ..bench.ceilings import (
     copy_kernel,
     measure_fma,
     read_kernel,
+    region_kernel,
 )
 from ..targets import resolve_target
 from .distance_rate import measure_distances
@@ -51,6 +54,7 @@ LAPLACE = 1
 # A copy within L2: half of it each for what is read and written.
 COPY_BYTES = 256 << 10
 COPIES = 200
+REGIONS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Limits:
         Read and written in L2.
     read_gb_per_s : float
         Of weights that are not in L2.
+    region_s : float
+        Seconds of a parallel loop that does nothing; 0 on one thread.
     """
 
     lanes: int
@@ -79,6 +85,7 @@ class Limits:
     pairs: float
     copy_gb_per_s: float
     read_gb_per_s: float
+    region_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +190,21 @@ def _scores(scored: float, rest: float, bytes_: float, products: bool) -> Work:
     return Work(vectors=rest, activations=bytes_, distances=scored)
 
 
+def ceiling(work: Work, limits: Mapping[int, Limits], threads: int) -> tuple[float, str]:
+    """Return the least seconds of a kernel on so many threads, and what bounds it.
+
+    One thread may be done before others have started.
+
+    Parameters
+    ----------
+    work : Work
+    limits : mapping of int to Limits
+        By the number of threads.
+    threads : int
+    """
+    return min(bound(work, limits[count]) for count in sorted({1, threads}))
+
+
 def bound(work: Work, limits: Limits) -> tuple[float, str]:
     """Return the least seconds of a kernel, and what bounds it: FMA, copy or weights.
 
@@ -198,7 +220,7 @@ def bound(work: Work, limits: Limits) -> tuple[float, str]:
         "weights": work.weights / limits.read_gb_per_s / 1e9,
     }
     name = max(times, key=times.__getitem__)
-    return times[name], name
+    return limits.region_s + times[name], name
 
 
 def measure_limits(threads: int) -> Limits:
@@ -215,6 +237,7 @@ def measure_limits(threads: int) -> Limits:
         pairs=measure_pairs(target, threads),
         copy_gb_per_s=COPY_BYTES * threads / copy_s / 1e9,
         read_gb_per_s=COLD_BYTES / read_s / 1e9,
+        region_s=agreed(_region_seconds(target, threads)) if threads > 1 else 0.0,
     )
 
 
@@ -232,6 +255,11 @@ def _read_seconds(target: Any, threads: int, lanes: int) -> Callable[[], float]:
     x = tvm.runtime.tensor(np.zeros(vectors * lanes * threads, np.float32))
     y = tvm.runtime.tensor(np.zeros((threads, READ_STREAMS * lanes), np.float32))
     return _timed(module, "read", [x, y], 2)
+
+
+def _region_seconds(target: Any, threads: int) -> Callable[[], float]:
+    out = tvm.runtime.tensor(np.zeros((threads, LINE), np.float32))
+    return _timed(build(region_kernel(threads, LINE), target), "region", [out], REGIONS)
 
 
 def _timed(module: Any, name: str, arguments: Iterable[Any], number: int) -> Callable[[], float]:

@@ -15,7 +15,7 @@ from schedules.common.reduce import clear
 from schedules.dense.cpu import PAIRED_ROWS
 from schedules.dense.pairs import LANES, TILE_VECTORS, multiplying
 
-from .distance_rate import vectors_per_s
+from ..bench.ceilings import leave, vectors_per_s
 
 # Elements of a row, which stay in L1, and how often they are gone through.
 WIDTH, PASSES = 240, 100
@@ -44,10 +44,7 @@ def pair_kernel(threads: int) -> tirx.PrimFunc:
             for _ in T.serial(PASSES):
                 # A panel of no width: every element of k has the same weights.
                 multiply(acc, x, w, zeros, 0, 0, 0, fetch, rows, TILE_VECTORS)
-            for i in T.unroll(rows):
-                for j in T.unroll(TILE_VECTORS):
-                    for lane in T.vectorized(L):
-                        out[t, i, j * L + lane] = acc[i, j * L + lane]
+            leave(acc, out, t, rows, TILE_VECTORS, L)
 
     return pairs
 

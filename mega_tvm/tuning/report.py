@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from .limits import Limits, bound, work_of
+from .limits import Limits, ceiling, work_of
 from .progress import Progress
 from .record import Record
 
@@ -89,7 +89,7 @@ def summary(kernels: Sequence[Progress], limits: Mapping[int, Limits]) -> Table:
     ----------
     kernels : sequence of Progress
     limits : mapping of int to Limits
-        By the number of threads; empty where none were measured.
+        By the number of threads, one among them; empty where none were measured.
     """
     table = Table(title="tuned kernels, us a call", box=box.SIMPLE_HEAD)
     table.add_column("kernel", no_wrap=True)
@@ -129,11 +129,10 @@ def summary(kernels: Sequence[Progress], limits: Mapping[int, Limits]) -> Table:
 def _share(progress: Progress, record: Record, limits: Mapping[int, Limits]) -> str:
     """Return the share of the kernel's ceiling, and what bounds it."""
     op, spec = progress.kernel.key.op, json.loads(progress.kernel.key.spec)
-    rates = limits.get(progress.kernel.task.threads)
-    if rates is None or record.seconds is None:
+    if not limits or record.seconds is None:
         return ""
-    work = work_of(op, spec, rates.lanes, record.decisions)
+    work = work_of(op, spec, limits[1].lanes, record.decisions)
     if work is None:
         return ""
-    least, what = bound(work, rates)
+    least, what = ceiling(work, limits, progress.kernel.task.threads)
     return f"{least / record.seconds:.0%} {what}"

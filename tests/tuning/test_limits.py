@@ -8,7 +8,7 @@ import pytest
 
 from mega_tvm.bench import ceilings
 from mega_tvm.tuning import distance_rate, limits, pair_rate
-from mega_tvm.tuning.limits import Limits, Work, bound, work_of
+from mega_tvm.tuning.limits import Limits, Work, bound, ceiling, work_of
 from schedules.dense.naive import DenseSpec
 from schedules.ema_scan.naive import EmaScanSpec
 from schedules.laplace_attention.cpu import DIFFERENCE, L1_FORMS, MAXIMUM
@@ -89,6 +89,15 @@ def test_the_largest_of_three_bounds_a_kernel(work: Work, seconds: float, name: 
     assert found == (pytest.approx(seconds), name)
 
 
+def test_one_thread_may_be_done_before_two_have_started() -> None:
+    one = Limits(16, 100.0, (1.0, 1.0), 1.0, copy_gb_per_s=100.0, read_gb_per_s=10.0)
+    limits = {1: one, 2: dataclasses.replace(one, read_gb_per_s=20.0, region_s=1e-6)}
+    small, large = Work(weights=1e4), Work(weights=1e5)
+    assert ceiling(small, limits, 2) == (pytest.approx(1e-6), "weights")
+    assert ceiling(large, limits, 2) == (pytest.approx(6e-6), "weights")
+    assert ceiling(large, limits, 1) == (pytest.approx(1e-5), "weights")
+
+
 @pytest.mark.parametrize("mcpu", list(LEVELS))
 def test_distances_add_up_in_registers(mcpu: str) -> None:
     """The rate is that of what a distance takes, and of nothing else."""
@@ -121,6 +130,8 @@ def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = limits.measure_limits(1)
     assert len(found.distances) == 2 and min(found.distances) > 0.01
     assert (found.pairs > 0.01) == (found.lanes == 16)
+    assert found.region_s == 0
+    assert limits._region_seconds(cpu_target("x86-64-v3"), 2)() > 0
     assert found.fma_gflops > 1 and found.copy_gb_per_s > 0.1 and found.read_gb_per_s > 0.1
 
 
