@@ -63,10 +63,12 @@ def test_a_faulty_candidate_fails_alone(pool, kernel, fault, error) -> None:
 
 
 def test_a_pair_with_a_faulty_candidate(pool, kernel) -> None:
-    hand = kernel.space.hand
+    good, wrong, other = (
+        {**kernel.space.hand, "tile_m": tile} for tile in (GOOD, FAULTS["wrong"], 8)
+    )
     with pytest.raises(WorkerError, match="wrong result"):
-        pool.paired(kernel.task, hand, {**hand, "tile_m": FAULTS["wrong"]})
-    result = pool.paired(kernel.task, hand, {**hand, "tile_m": 8})
+        pool.paired(kernel.task, good, wrong)
+    result = pool.paired(kernel.task, good, other)
     assert result.first_s > 0
     assert result.second_s > 0
     assert result.low_ratio <= result.ratio
