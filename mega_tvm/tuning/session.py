@@ -5,8 +5,9 @@
    batch is in the log before the next one starts. A kernel's first batch is small, and holds what
    was best for it at another length or number of threads.
 2. Confirm. The fastest candidates of each kernel are measured against its hand schedule, turn by
-   turn. Only what wins there is confirmed, and only confirmed records are used by a compile; where
-   none wins, the hand schedule is confirmed.
+   turn, and so is what another kernel of its operator gained by. Only what wins there is
+   confirmed, and only confirmed records are used by a compile; where none wins, the hand schedule
+   is confirmed.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class Session:
                 break
             progress = max(open_, key=lambda progress: progress.urgency)
             self._batch(progress, min(BATCH if progress.batches else FIRST_BATCH, left))
-        for progress in self.kernels:
+        # The longest first: it had the most trials, and hands on what it found.
+        for progress in sorted(self.kernels, key=lambda progress: -progress.seconds):
             if progress.confirmed is None:
                 self._confirm(progress)
 
@@ -226,24 +228,50 @@ class Session:
 
     def _confirm(self, progress: Progress) -> None:
         space, hand = progress.kernel.space, progress.kernel.space.hand
-        searched_s = progress.search.hand_seconds
-        ratio, chosen, hand_s = 1.0, hand, searched_s
-        for decisions, seconds in progress.search.ranked(FINALISTS):
-            if decisions == hand or (searched_s and seconds >= searched_s):
-                continue  # the search saw nothing in it
+        hand_s = chosen_s = progress.search.hand_seconds
+        ratio, chosen = 1.0, hand
+        for decisions in self._finalists(progress):
             try:
                 found = self._pool.paired(progress.kernel.task, hand, decisions)
-            except WorkerError:  # it ran before; the hand schedule stays
+            except WorkerError:  # the hand schedule stays
                 continue
-            hand_s = found.first_s
-            if found.ratio > ratio and found.ratio >= LEAST_GAIN and found.low_ratio >= 1:
+            if chosen == hand:
+                hand_s = chosen_s = found.first_s
+            faster = found.ratio >= LEAST_GAIN and found.second_s < found.first_s
+            if found.ratio > ratio and faster and found.low_ratio >= 1:
+                # Other load meets one of the two more often, and then the median says more than
+                # there is to gain: it tells which is better, the shortest times by how much.
                 ratio, chosen = found.ratio, decisions
+                hand_s, chosen_s = found.first_s, found.second_s
         if not hand_s:  # the hand schedule itself failed: there is nothing to confirm
             return
         target = progress.kernel.task.target.tvm_target()
-        progress.confirmed = Record.make(space, chosen, target, hand_s / ratio, hand_seconds=hand_s)
+        progress.confirmed = Record.make(space, chosen, target, chosen_s, hand_seconds=hand_s)
         self._append([progress.confirmed])
         self.report(self.kernels, progress)
+
+    def _finalists(self, progress: Progress) -> list[Decisions]:
+        """Return what is measured against a kernel's hand schedule.
+
+        That is the best of its search, and what the confirmed record that gained most of all
+        kernels of its operator changed: few trials of a short kernel may have missed it.
+        """
+        space, search = progress.kernel.space, progress.search
+        hand_s = search.hand_seconds
+        finalists = [
+            decisions
+            for decisions, seconds in search.ranked(FINALISTS)
+            # Else the search saw nothing in it.
+            if decisions != space.hand and not (hand_s and seconds >= hand_s)
+        ]
+        op = progress.kernel.key.op
+        others = [o for o in self.kernels if o.confirmed and o.kernel.key.op == op]
+        if others:
+            best = max(others, key=lambda other: other.gain)
+            changed = {**space.hand, **best.changes}
+            if space.holds(changed) and changed not in [space.hand, *finalists]:
+                finalists.append(changed)
+        return finalists
 
     def _append(self, records: Sequence[Record]) -> None:
         self._run["trials"] += sum(record.hand_seconds is None for record in records)

@@ -60,9 +60,10 @@ def schedule(sch: Schedule, target: Target) -> None:
 
     ``tile_m`` rows by ``panel_vectors`` vectors is the register tile: it fills the register file up
     to the vectors of one k step. ``block_m`` is the number of rows that share a pass over the
-    weights. ``prefetch`` is how many panels ahead weights are fetched, 0 for not at all. Where
-    weights allow it, ``pairs`` is the rows of a tile that multiplies in pairs (`paired_kernel`), 0
-    for plain products.
+    weights. ``prefetch`` is how many panels ahead weights are fetched, 0 for not at all; with AVX2
+    ``spread`` is whether each tile of a block fetches its part of a panel's lines, or every tile
+    all of them. Where weights allow it, ``pairs`` is the rows of a tile that multiplies in pairs
+    (`paired_kernel`), 0 for plain products.
 
     The panel has one width: kernels of any number of rows share their packed weights. A search over
     widths gained 1.7% in one kernel on one thread, and nothing in the whole model.
@@ -92,6 +93,8 @@ def schedule(sch: Schedule, target: Target) -> None:
     decisions.sample(sch, "block_m", sorted({*blocks, block_m}), block_m)
     ahead = 0 if max(spec.k, spec.out_n) <= NARROW else 1
     decisions.sample(sch, "prefetch", [0, 1, 2], ahead)
+    if unit.registers == 16 and rows > tile_m:
+        decisions.sample(sch, "spread", [0, 1], 0)
     if paired:
         # A second height is as much code again, which a model fetches at each call, and a kernel
         # timed by itself does not: 30 rows in tiles of 8 and 7 gained 3.7%, the model lost 1.3%.
@@ -189,7 +192,8 @@ def generate(func: tirx.PrimFunc, target: Target) -> ScheduledKernel:
     if pairs := chosen.get("pairs", 0):
         kernel = paired_kernel(layout, pairs, chosen["block_m"], chosen["prefetch"])
     else:
-        blocking = Blocking(tuple(joined), chosen["block_m"], chosen["prefetch"])
+        spread = bool(chosen.get("spread", 0))
+        blocking = Blocking(tuple(joined), chosen["block_m"], chosen["prefetch"], spread)
         kernel = dense_kernel(layout, blocking)
     # A tile starts with its bias.
     return ScheduledKernel(kernel, {2: layout.pack_bias, 1: layout.pack_weight})

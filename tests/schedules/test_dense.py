@@ -7,6 +7,7 @@ import pytest
 
 from mega_tvm.tolerances import assert_parity
 from schedules.common.decisions import read
+from schedules.dense.kernel import fetched_by
 from schedules.dense.naive import DenseSpec, dense
 from schedules.registry import sample_decisions
 from tests.schedules.cases import dense_case, sized
@@ -94,6 +95,26 @@ def test_any_decisions(rng, target, tile_m, panel_vectors, block_m, epilogue) ->
     decisions = {"tile_m": tile_m, "panel_vectors": panel_vectors, "block_m": block_m}
     spec = DenseSpec((131,), 13, 150 if swiglu else 75, **options)
     _check(rng, target, run_scheduled, spec, **decisions)
+
+
+@sized("M K N", [(7, 16, 40), (59, 257, 100), (131, 13, 75), (12, 3, 17)])
+def test_spread_fetches_change_no_bit(rng, baseline, M, K, N) -> None:
+    case = dense_case(rng, DenseSpec((M,), K, N, residual=True))
+    arguments = (case.func, baseline, case.inputs, case.expected.shape)
+    plain, spread = (run_scheduled(*arguments, spread=spread) for spread in (0, 1))
+    assert_parity(spread, case.expected)
+    np.testing.assert_array_equal(plain, spread)
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 5, 10, 20])
+@sized("K lines", [(16, 1), (256, 1), (257, 1), (688, 1), (256, 4)])
+def test_tiles_share_the_lines_of_a_panel(tiles, K, lines) -> None:
+    fetch = fetched_by(tiles, K, lines, spread=True)
+    fetched = tiles * fetch.lines * (K // fetch.steps)
+    assert fetched >= lines * K
+    assert fetch.lines > 1 or tiles * (K // (fetch.steps + 1)) < lines * K, "more than it need be"
+    alone = fetched_by(tiles, K, lines, spread=False)
+    assert alone.steps == 1 and tiles * alone.lines >= lines
 
 
 def test_naive_is_the_definition(rng, baseline) -> None:

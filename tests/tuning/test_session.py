@@ -25,8 +25,11 @@ from tests.tuning.builders import (
 class FakePool:
     """Times that a formula gives, in place of workers."""
 
-    def __init__(self, seconds, ratio: float = 1.5, low_ratio: float = 1.2) -> None:
+    def __init__(
+        self, seconds, ratio: float = 1.5, low_ratio: float = 1.2, at_best: float | None = None
+    ) -> None:
         self.seconds, self.ratio, self.low_ratio = seconds, ratio, low_ratio
+        self.at_best = ratio if at_best is None else at_best
         self.measured = []
         self.pairs = []
         self.interrupt_after = None
@@ -39,7 +42,7 @@ class FakePool:
 
     def paired(self, task, first, second):
         self.pairs.append((task.name, first, second))
-        return PairedResult(1e-5, 1e-5 / self.ratio, self.ratio, self.low_ratio)
+        return PairedResult(1e-5, 1e-5 / self.at_best, self.ratio, self.low_ratio)
 
 
 def quick_tiles(_name, decisions):
@@ -73,17 +76,18 @@ def test_a_tuning_ends_with_a_confirmed_record_of_each_kernel(kernels, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "low_ratio"),
+    ("ratio", "low_ratio", "at_best"),
     [
-        pytest.param(0.9, 0.8, id="slower"),
-        pytest.param(1.004, 1.001, id="within-noise"),
-        pytest.param(1.3, 0.97, id="not-in-every-round"),
+        pytest.param(0.9, 0.8, 0.9, id="slower"),
+        pytest.param(1.004, 1.001, 1.004, id="within-noise"),
+        pytest.param(1.3, 0.97, 1.3, id="not-in-every-round"),
+        pytest.param(1.3, 1.1, 0.99, id="not-at-its-best"),
     ],
 )
 def test_the_hand_schedule_stays_where_nothing_surely_beats_it(
-    kernels, tmp_path, ratio, low_ratio
+    kernels, tmp_path, ratio, low_ratio, at_best
 ) -> None:
-    session(kernels, tmp_path, FakePool(quick_tiles, ratio, low_ratio)).run(40)
+    session(kernels, tmp_path, FakePool(quick_tiles, ratio, low_ratio, at_best)).run(40)
     for kernel in kernels:
         best = best_confirmed(r for r in read_log(tmp_path).records if r.key == kernel.key)
         assert best.decisions == kernel.space.hand
@@ -96,6 +100,26 @@ def test_what_was_slower_in_the_search_is_no_finalist(kernels, tmp_path) -> None
     session(kernels[1:], tmp_path, pool).run(4)
     assert pool.pairs == []
     assert best_confirmed(read_log(tmp_path).records).decisions == hand
+
+
+def test_the_gain_is_that_of_the_shortest_times(kernels, tmp_path) -> None:
+    session(kernels[:1], tmp_path, FakePool(quick_tiles, ratio=1.5, at_best=1.1)).run(20)
+    assert best_confirmed(read_log(tmp_path).records).gain == pytest.approx(1.1, rel=1e-3)
+
+
+def test_what_one_kernel_gained_by_is_a_finalist_of_another(tmp_path) -> None:
+    one, other = dense_kernel(257, "one"), dense_kernel(40, "other")
+    handed = {**other.space.hand, "prefetch": 2}
+    changed = {**one.space.hand, "prefetch": 2}
+    pool = FakePool(lambda name, d: Result(3e-5 if name == "one" and d != changed else 2e-5))
+    tuning = session([other, one, norm_kernel()], tmp_path, pool)
+    tuning.kernels[1].search.tell(changed, 2e-5)
+    tuning.kernels[0].search.tell(other.space.hand, 1e-5)  # and all else is slower
+    tuning.run(12)
+    assert [name for name, *_ in pool.pairs] == ["one", "other"]
+    assert pool.pairs[1][2] == handed
+    best = best_confirmed(r for r in read_log(tmp_path).records if r.key == other.key)
+    assert best.decisions == handed
 
 
 def test_the_curve_tells_when_the_gain_was_found(kernels, tmp_path) -> None:
