@@ -7,8 +7,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
-# Of tune-shipped: the log of this machine's features, and trials a target and thread count.
+# Of tune-shipped: the log of this machine's features; targets and their logs; trials a target and
+# thread count. A machine without AVX-512 makes LOGS=x86-64-v3:x86-64-v3 alone.
 NATIVE_LOG ?= zen4
+LOGS ?= x86-64-v3:x86-64-v3 x86-64-v4:x86-64-v4 native:$(NATIVE_LOG)
 TRIALS ?= 260
 SEQ_LENS ?= 16,60,256
 TUNED ?= schedules/tuned
@@ -36,7 +38,7 @@ bench: $(VENV)/.bench
 
 # Each log is made aside and takes the old one's place when it is whole.
 tune-shipped: $(VENV)/.tune
-	set -e; for log in x86-64-v3:x86-64-v3 x86-64-v4:x86-64-v4 native:$(NATIVE_LOG); do \
+	set -e; for log in $(LOGS); do \
 		target=$${log%%:*}; place=$(TUNED)/$${log#*:}; rm -rf $$place.new; \
 		for threads in 1 2; do \
 			$(BIN)/python -m mega_tvm.tune --target $$target --threads $$threads \
