@@ -193,6 +193,8 @@ class Pool:
         limit = sum(self._limits) * 2
         found = self._workers[0].call(worker_main.paired, task, first, second, limit_s=limit)
         if isinstance(found, Result):
+            if isinstance(task.target, CudaTarget):
+                self._workers[0].kill()  # the second may run for the first time, and have a fault
             raise WorkerError(found.error)
         assert isinstance(found, PairedResult)
         return found

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import tvm_ffi
 
+from mega_tvm.targets import resolve_target
 from mega_tvm.tuning import worker_main
+from mega_tvm.tuning.trial import Task
 from mega_tvm.tuning.workers import Pool, WorkerError
 from tests.tuning.builders import (
     FAULTS,
@@ -62,16 +64,36 @@ def test_a_faulty_candidate_fails_alone(pool, kernel, fault, error) -> None:
         assert 1e-9 < good.seconds < 1e-2
 
 
-def test_a_pair_with_a_faulty_candidate(pool, kernel) -> None:
-    good, wrong, other = (
-        {**kernel.space.hand, "tile_m": tile} for tile in (GOOD, FAULTS["wrong"], 8)
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [("wrong", "wrong result"), ("crash", "crashed"), ("hang", "took longer than 6 s")],
+)
+def test_a_pair_with_a_faulty_candidate(pool, kernel, fault, error) -> None:
+    """A finalist that another kernel handed on runs there for the first time."""
+    good, faulty, other = (
+        {**kernel.space.hand, "tile_m": tile} for tile in (GOOD, FAULTS[fault], 8)
     )
-    with pytest.raises(WorkerError, match="wrong result"):
-        pool.paired(kernel.task, good, wrong)
+    with pytest.raises(WorkerError, match=error):
+        pool.paired(kernel.task, good, faulty)
     result = pool.paired(kernel.task, good, other)
     assert result.first_s > 0
     assert result.second_s > 0
     assert result.low_ratio <= result.ratio
+
+
+@pytest.mark.parametrize(("target", "killed"), [("native", False), ("cuda-sm_90", True)])
+def test_a_faulty_pair_ends_a_gpus_process(monkeypatch, target, killed) -> None:
+    """What a GPU's fault leaves behind would fail every later pair."""
+    kills = []
+    with Pool(1, workers=1) as pool:
+        worker = pool._workers[0]
+        monkeypatch.setattr(worker, "call", lambda *a, **k: worker_main.Result(None, "a fault"))
+        monkeypatch.setattr(worker, "kill", lambda: kills.append(1))
+        task = Task("kernel", "", resolve_target(target))
+        with pytest.raises(WorkerError, match="a fault"):
+            pool.paired(task, {}, {})
+        assert bool(kills) == killed
+        monkeypatch.undo()
 
 
 def test_two_workers_share_a_batch(kernel) -> None:
